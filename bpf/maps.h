@@ -1,0 +1,88 @@
+/* SPDX-License-Identifier: Dual MIT/GPL */
+#ifndef SIDESTEP_MAPS_H
+#define SIDESTEP_MAPS_H
+
+#include "layout.h"
+#include "lib/context.h"
+
+/*
+ * BPF_F_NO_PREALLOC where only the agent adds entries: memory follows the number of pods. handshakes is written for every redirected
+ * connection and is allocated up front: a connection never waits for, or fails for want of, an allocation.
+ */
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1024);
+	__type(key, __u64);
+	__type(value, struct pod);
+} pods SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1024);
+	__type(key, __u64);
+	__type(value, struct pod_info);
+} pod_info SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1024);
+	__type(key, __u64);
+	__type(value, struct counters);
+} counters SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 262144);
+	__type(key, struct prefix_key);
+	__type(value, struct prefix);
+} prefixes SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, struct exemption_key);
+	__type(value, struct exemption);
+} exemptions SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 32768);
+	__type(key, struct handshake_key);
+	__type(value, struct original_dst);
+} handshakes SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct original_dst);
+} original_dsts SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct build);
+} build SEC(".maps");
+
+/* Puts the enums that no map's type mentions into BTF. */
+const enum layout anchor_layout __attribute__((used)) = LAYOUT_VERSION;
+const enum reason anchor_reason __attribute__((used)) = REASON_REDIRECTED;
+const enum pod_flags anchor_pod_flags __attribute__((used)) = POD_EXEMPT_UIDS;
+
+static __always_inline void count(__u64 netns, enum reason reason)
+{
+	struct counters *counters_of_pod = bpf_map_lookup_elem(&counters, &netns);
+
+	/* Absent when the pod was removed while this connection was on its way. */
+	if (counters_of_pod)
+		counters_of_pod->count[reason]++;
+}
+
+#endif

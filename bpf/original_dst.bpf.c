@@ -1,0 +1,209 @@
+/* SPDX-License-Identifier: Dual MIT/GPL */
+/*
+ * The original destination's way to the proxy:
+ *
+ *   connect(2)         kept with the application's socket            (outbound.bpf.c)
+ *   SYN                source port is chosen: into handshakes        TCP_CONNECT_CB
+ *   proxy established  out of handshakes, with the accepted socket   PASSIVE_ESTABLISHED_CB, before accept(2) returns it
+ *   SO_ORIGINAL_DST    answered from there                           cgroup/getsockopt
+ */
+#include "maps.h"
+#include "lib/address.h"
+
+struct endpoints {
+	struct address local;
+	struct address remote;
+	__u16 local_port;
+	__u16 remote_port;
+};
+
+static __always_inline void endpoints_of(struct bpf_sock_ops *ctx, struct endpoints *ends)
+{
+	if (ctx->family == AF_INET) {
+		ends->local = address_of_ipv4(ctx->local_ip4);
+		ends->remote = address_of_ipv4(ctx->remote_ip4);
+	} else {
+		/* IPv4 on an AF_INET6 socket shows as ::ffff:a.b.c.d here, which is our form. */
+		ends->local.word[0] = ctx->local_ip6[0];
+		ends->local.word[1] = ctx->local_ip6[1];
+		ends->local.word[2] = ctx->local_ip6[2];
+		ends->local.word[3] = ctx->local_ip6[3];
+		ends->remote.word[0] = ctx->remote_ip6[0];
+		ends->remote.word[1] = ctx->remote_ip6[1];
+		ends->remote.word[2] = ctx->remote_ip6[2];
+		ends->remote.word[3] = ctx->remote_ip6[3];
+	}
+	/* local_port is host order; remote_port is network order in 32 bits. */
+	ends->local_port = ctx->local_port;
+	ends->remote_port = bpf_ntohl(ctx->remote_port);
+}
+
+static __always_inline void handshake_of_client(struct bpf_sock_ops *ctx, const struct original_dst *original, struct handshake_key *key)
+{
+	struct endpoints ends;
+
+	endpoints_of(ctx, &ends);
+	__builtin_memset(key, 0, sizeof(*key));
+	key->netns = original->in_pod ? original->netns : 0;
+	key->client = ends.local;
+	key->proxy = ends.remote;
+	key->client_port = ends.local_port;
+	key->proxy_port = ends.remote_port;
+}
+
+static __always_inline struct original_dst *original_of(struct bpf_sock_ops *ctx, enum role role)
+{
+	struct bpf_sock *sk = ctx->sk;
+	struct original_dst *original;
+
+	if (!sk)
+		return NULL;
+	original = bpf_sk_storage_get(&original_dsts, sk, NULL, 0);
+	return original && original->role == role ? original : NULL;
+}
+
+static __always_inline void on_connect(struct bpf_sock_ops *ctx)
+{
+	struct original_dst *original = original_of(ctx, ROLE_CLIENT);
+	struct original_dst handed;
+	struct handshake_key key;
+
+	if (!original)
+		return;
+	handshake_of_client(ctx, original, &key);
+	handed = *original;
+	handed.role = ROLE_PROXY;
+	if (bpf_map_update_elem(&handshakes, &key, &handed, BPF_ANY))
+		count(original->netns, REASON_ORIGINAL_DST_LOST);
+
+	/* To take the entry back if the proxy never gets to it. */
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
+static __always_inline void on_accept(struct bpf_sock_ops *ctx)
+{
+	struct original_dst *handed, *original;
+	struct handshake_key key = {};
+	struct bpf_sock *sk = ctx->sk;
+	struct endpoints ends;
+
+	if (!sk)
+		return;
+	endpoints_of(ctx, &ends);
+	key.netns = bpf_get_netns_cookie(ctx);
+	key.client = ends.remote;
+	key.proxy = ends.local;
+	key.client_port = ends.remote_port;
+	key.proxy_port = ends.local_port;
+
+	handed = bpf_map_lookup_elem(&handshakes, &key);
+	if (!handed) {
+		key.netns = 0;
+		handed = bpf_map_lookup_elem(&handshakes, &key);
+		if (!handed)
+			return;
+	}
+
+	original = bpf_sk_storage_get(&original_dsts, sk, handed, BPF_SK_STORAGE_GET_F_CREATE);
+	if (original)
+		count(original->netns, REASON_ACCEPTED);
+	else
+		count(handed->netns, REASON_ORIGINAL_DST_LOST);
+	bpf_map_delete_elem(&handshakes, &key);
+}
+
+static __always_inline void on_state(struct bpf_sock_ops *ctx)
+{
+	struct original_dst *original;
+	struct handshake_key key;
+
+	if (ctx->args[1] != TCP_CLOSE)
+		return;
+	original = original_of(ctx, ROLE_CLIENT);
+	if (!original)
+		return;
+	handshake_of_client(ctx, original, &key);
+	bpf_map_delete_elem(&handshakes, &key);
+	if (ctx->args[0] == TCP_SYN_SENT)
+		count(original->netns, REASON_CONNECT_FAILED);
+}
+
+/* Runs about nine times in the life of every TCP socket of the node: the op decides before anything else. */
+SEC("sockops")
+int handshake(struct bpf_sock_ops *ctx)
+{
+	switch (ctx->op) {
+	case BPF_SOCK_OPS_TCP_CONNECT_CB:
+		on_connect(ctx);
+		break;
+	case BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB:
+		on_accept(ctx);
+		break;
+	case BPF_SOCK_OPS_STATE_CB:
+		on_state(ctx);
+		break;
+	}
+	return 1;
+}
+
+/* The kernel copies no more than a page in and out of a program; for more it fails with EFAULT unless it is told to copy nothing. */
+enum { SOCKOPT_COPY_MAX = 4096 };
+
+/* Up to this size the kernel's copy is on its stack and not cleared (BPF_SOCKOPT_KERN_BUF_SIZE); above, it is zeroed. */
+enum { SOCKOPT_STACK_MAX = 32 };
+
+/*
+ * As conntrack answers it (getorigdst, ipv6_getorigdst): the address only, in the family that is on the wire, and the length as the
+ * caller gave it. In every other case what the kernel said stands: the program changes nothing.
+ *
+ * Runs for every getsockopt(2) of the node: level and option decide before anything else.
+ */
+SEC("cgroup/getsockopt")
+int original_dst(struct bpf_sockopt *ctx)
+{
+	__u8 *value = ctx->optval, *end = ctx->optval_end;
+	struct bpf_sock *sk = ctx->sk;
+	struct original_dst *original;
+
+	if (ctx->optlen > SOCKOPT_COPY_MAX) {
+		ctx->optlen = 0;
+		return 1;
+	}
+	if (ctx->optname != SO_ORIGINAL_DST || (ctx->level != SOL_IP && ctx->level != SOL_IPV6))
+		return 1;
+	if (!sk)
+		return 1;
+	original = bpf_sk_storage_get(&original_dsts, sk, NULL, 0);
+	if (!original || is_ipv4(&original->address) != (ctx->level == SOL_IP))
+		return 1;
+
+	if (ctx->level == SOL_IP) {
+		struct sockaddr_in *sin = (struct sockaddr_in *)value;
+
+		if ((void *)(sin + 1) > (void *)end)
+			return 1;
+		__builtin_memset(sin, 0, sizeof(*sin));
+		sin->sin_family = AF_INET;
+		sin->sin_port = original->port;
+		sin->sin_addr = original->address.word[3];
+		value += sizeof(*sin);
+	} else {
+		struct sockaddr_in6 *sin6 = (struct sockaddr_in6 *)value;
+
+		if ((void *)(sin6 + 1) > (void *)end)
+			return 1;
+		__builtin_memset(sin6, 0, sizeof(*sin6));
+		sin6->sin6_family = AF_INET6;
+		sin6->sin6_port = original->port;
+		__builtin_memcpy(sin6->sin6_addr, original->address.word, sizeof(sin6->sin6_addr));
+		value += sizeof(*sin6);
+	}
+
+	for (int i = sizeof(struct sockaddr_in); i < SOCKOPT_STACK_MAX; i++, value++) {
+		if (value + 1 > end)
+			break;
+		*value = 0;
+	}
+	ctx->retval = 0;
+	return 1;
+}

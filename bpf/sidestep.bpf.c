@@ -1,0 +1,6 @@
+/* SPDX-License-Identifier: Dual MIT/GPL */
+/* The one object: each concern in its own file, compiled together. */
+#include "outbound.bpf.c"
+#include "original_dst.bpf.c"
+
+char LICENSE[] SEC("license") = "Dual MIT/GPL";

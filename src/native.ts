@@ -1,0 +1,287 @@
+/**
+The one typed declaration of the addon (native/*.cc). Nothing else imports the .node file.
+
+Conventions, for everything below:
+- Keys, values and socket addresses are raw bytes, laid out as the kernel lays them out; codecs live in `src/maps`.
+- Ids and cookies that are 64 bits wide in the kernel are `bigint`.
+- Every failure of the kernel throws an `Error` that also is a {@link NativeError}. Wrong argument types or sizes throw `TypeError`
+  or `RangeError` before any system call.
+- `close()` is idempotent, and safe from JS, from the garbage collector and at the end of the environment (process exit, worker
+  termination), in any order. Any other method of a closed object throws a `NativeError` with code `EBADF`.
+*/
+import {createRequire} from 'node:module';
+import {existsSync} from 'node:fs';
+import {fileURLToPath} from 'node:url';
+
+/** What the addon adds to an `Error`: facts only; remedies are worded in `src/errors.ts`. */
+export interface NativeError extends Error {
+	/** Positive errno as the kernel gave it, e.g. 1. */
+	readonly errno: number;
+	/** Its name, e.g. `EPERM`; 524 is `ENOTSUPP`. */
+	readonly code: string;
+	/** The system call, or the libbpf function, that failed: `bpf(BPF_PROG_LOAD)`, `setns`, … */
+	readonly syscall: string;
+	/** What it was applied to: a path, a map, a program, an interface. */
+	readonly subject: string;
+	/** Only when a program was refused: everything the verifier said. */
+	readonly log?: string;
+}
+
+export interface MapSpec {
+	readonly name: string;
+	/** `enum bpf_map_type`. */
+	readonly type: number;
+	readonly keySize: number;
+	readonly valueSize: number;
+	readonly maxEntries: number;
+	readonly flags: number;
+}
+
+export interface MapInfo extends MapSpec {
+	readonly id: number;
+	/** Bytes that one lookup gives: `valueSize`, or, for per-CPU maps, one 8-byte-rounded slot for each possible CPU. */
+	readonly lookupSize: number;
+	/** 0 when the kernel kept no BTF for the map (sockmap and sockhash never have one). */
+	readonly btfId: number;
+}
+
+export interface ProgramSpec {
+	readonly name: string;
+	/** ELF section, e.g. `cgroup/connect4`. */
+	readonly section: string;
+	/** `enum bpf_prog_type`. */
+	readonly type: number;
+	/** `enum bpf_attach_type`. */
+	readonly attachType: number;
+}
+
+export interface ProgramInfo {
+	readonly id: number;
+	readonly name: string;
+	readonly type: number;
+	/** 16 hex digits: the kernel's hash over the instructions. */
+	readonly tag: string;
+	/** Nanoseconds since boot. */
+	readonly loadedAtNs: bigint;
+	/** 0 unless run statistics are on (sysctl `kernel.bpf_stats_enabled`, or {@link Native.enableStats}). */
+	readonly runCount: bigint;
+	readonly runTimeNs: bigint;
+	readonly mapIds: readonly number[];
+}
+
+export interface LinkInfo {
+	readonly id: number;
+	/** `enum bpf_link_type`. */
+	readonly type: number;
+	readonly programId: number;
+	/** `enum bpf_attach_type`; 0 for links that have none. */
+	readonly attachType: number;
+	/** cgroup id, netns inode or map id, by type; 0 when there is no target, or the target is gone. */
+	readonly targetId: bigint;
+}
+
+export interface BpfMap {
+	readonly fd: number;
+	/** Asks the kernel (BPF_OBJ_GET_INFO_BY_FD) each time. */
+	info(): MapInfo;
+	/** Gives `lookupSize` bytes, or undefined when the key is absent. */
+	lookup(key: Uint8Array): Uint8Array | undefined;
+	/**
+	@param value - `lookupSize` bytes. For sockmap/sockhash: `valueSize` bytes that hold the socket's fd.
+	@param flags - 0 BPF_ANY, 1 BPF_NOEXIST (throws EEXIST), 2 BPF_EXIST (throws ENOENT).
+	*/
+	update(key: Uint8Array, value: Uint8Array, flags?: number): void;
+	/** @returns whether the key was there. */
+	delete(key: Uint8Array): boolean;
+	/** The key after `key`, the first one without it; undefined at the end. A key that vanished restarts from the first. */
+	nextKey(key?: Uint8Array): Uint8Array | undefined;
+	/**
+	All entries in one go: `count` keys of `keySize` and values of `lookupSize` bytes, packed, in no order.
+	BPF_MAP_LOOKUP_BATCH in chunks where the kernel and the type have it, else one by one; an entry that is deleted meanwhile may be left out.
+	*/
+	entries(): {readonly count: number; readonly keys: Uint8Array; readonly values: Uint8Array};
+	/** How many entries there are now (walks the keys; 0 for types without keys to walk). */
+	count(): number;
+	/** Pins at `path` on a bpffs; EEXIST if something is there. */
+	pin(path: string): void;
+	close(): void;
+}
+
+export interface BpfProgram {
+	readonly fd: number;
+	info(): ProgramInfo;
+	pin(path: string): void;
+	/** Attaches by a bpf_link; when the link is neither pinned nor held any more, the kernel detaches. `attachType` defaults to the program's own. */
+	attachCgroup(cgroupPath: string, attachType?: number): BpfLink;
+	/** sk_lookup and flow_dissector; `netnsFd` is {@link NetNs.fd}. */
+	attachNetns(netnsFd: number, attachType?: number): BpfLink;
+	/** sk_msg and sk_skb onto a sockmap/sockhash. Needs a kernel of 6.10; older ones say EINVAL. */
+	attachMap(map: BpfMap, attachType?: number): BpfLink;
+	/** Attaches without a link (BPF_PROG_ATTACH), for kernels before 6.10; undone by {@link detachMap} or the map's end. */
+	attachMapLegacy(map: BpfMap, attachType?: number): void;
+	detachMap(map: BpfMap, attachType?: number): void;
+	/**
+	BPF_PROG_TEST_RUN. Both sizes of the answer are bounded by what is given. ENOTSUPP (524) where the type has none.
+	@returns the program's return value and the context and data after the run.
+	*/
+	testRun(input: {readonly context?: Uint8Array; readonly data?: Uint8Array; readonly repeat?: number}): {
+		readonly returnValue: number;
+		readonly context: Uint8Array;
+		readonly data: Uint8Array;
+		readonly durationNs: number;
+	};
+	close(): void;
+}
+
+export interface BpfLink {
+	readonly fd: number;
+	info(): LinkInfo;
+	/** Replaces the running program in place: at no moment is there none. */
+	update(program: BpfProgram): void;
+	pin(path: string): void;
+	/** Detaches now, even while pinned (BPF_LINK_DETACH, 5.9). */
+	detach(): void;
+	close(): void;
+}
+
+export interface BpfObject {
+	/** The object's own BTF, raw (`.BTF` section). */
+	btf(): Uint8Array;
+	maps(): readonly MapSpec[];
+	programs(): readonly ProgramSpec[];
+	/** The initial bytes of a global data section, e.g. `.rodata`. */
+	globals(section: string): Uint8Array;
+	/** Replaces them; the size has to be the same. Only before load. */
+	setGlobals(section: string, bytes: Uint8Array): void;
+	/** Only before load. */
+	setMaxEntries(map: string, maxEntries: number): void;
+	/** Use this existing map instead of making a new one; EINVAL if it does not fit. Only before load. */
+	reuseMap(name: string, map: BpfMap): void;
+	/** Only before load. */
+	setAutoload(program: string, on: boolean): void;
+	/** Creates the maps, relocates and loads the programs. On refusal throws with `log` (never printed). */
+	load(): void;
+	/** After load: a handle with an fd of its own, so that it outlives the object. */
+	map(name: string): BpfMap;
+	/** After load: likewise. ENOENT for a program that was not loaded. */
+	program(name: string): BpfProgram;
+	close(): void;
+}
+
+export interface RingBuffer {
+	/** Samples the kernel gave to JS so far. */
+	readonly received: bigint;
+	/** Bytes waiting now (BPF_RB_AVAIL_DATA). */
+	readonly pendingBytes: number;
+	/** Keeps, or does not keep, the event loop alive. */
+	ref(): void;
+	unref(): void;
+	close(): void;
+}
+
+/** A network namespace, held open. Holding one keeps it alive: close soon. */
+export interface NetNs {
+	readonly fd: number;
+	/** st_dev and st_ino of the namespace file: its identity while it lives. */
+	readonly device: bigint;
+	readonly inode: bigint;
+	/** SO_NETNS_COOKIE (5.14; ENOPROTOOPT before): never reused, what BPF programs see. */
+	cookie(): bigint;
+	/**
+	A socket that lives in the namespace, made on a thread of its own, as setns would leak from a JS or pool thread into later calls.
+	All calls on the fd then act in the namespace, whichever thread makes them. SOCK_CLOEXEC is added.
+	@returns the fd; {@link Native.closeFd} closes it.
+	*/
+	socket(family: number, type: number, protocol: number): number;
+	/** RTM_GETADDR of both families. `address` has 4 or 16 bytes; scope 0 is global, 253 link, 254 host. */
+	addresses(): ReadonlyArray<{readonly family: 4 | 6; readonly address: Uint8Array; readonly prefixLength: number; readonly scope: number; readonly interfaceIndex: number; readonly interfaceName: string; readonly isLoopback: boolean; readonly isUp: boolean}>;
+	/** RTM_GETROUTE of table 255 (local), both families. `type`: 2 local, 3 broadcast, 4 anycast, 5 multicast (RTN_*). */
+	localRoutes(): ReadonlyArray<{readonly family: 4 | 6; readonly address: Uint8Array; readonly prefixLength: number; readonly type: number}>;
+	/** Sets an interface up (RTM_NEWLINK, IFF_UP). */
+	setUp(interfaceName: string): void;
+	close(): void;
+}
+
+export interface Native {
+	/** The libbpf the addon runs with, e.g. `1.1`. */
+	readonly libbpfVersion: string;
+	/** @param source - a path, or the ELF file's bytes. `name` then names it in messages. */
+	openObject(source: string | Uint8Array, name?: string): BpfObject;
+	openPinnedMap(path: string): BpfMap;
+	openPinnedProgram(path: string): BpfProgram;
+	openPinnedLink(path: string): BpfLink;
+	openMapById(id: number): BpfMap;
+	openProgramById(id: number): BpfProgram;
+	openLinkById(id: number): BpfLink;
+	/** Ids of every loaded object of that kind on the host, ascending; ended by ENOENT. Needs CAP_SYS_ADMIN. */
+	ids(kind: 'map' | 'program' | 'link'): readonly number[];
+	/** Ids of programs that are attached to a cgroup for this `enum bpf_attach_type` (not effective ones of its parents). */
+	cgroupPrograms(cgroupPath: string, attachType: number): readonly number[];
+	/** Turns run counts on while the returned fd is open (BPF_ENABLE_STATS, 5.8). */
+	enableStats(): number;
+	/**
+	Reads a BPF_MAP_TYPE_RINGBUF on the event loop (libuv). One wake-up hands over at most `maxPerWakeup` samples (default 8192); the rest waits for
+	the next turn of the loop, so that timers and sockets get theirs. The callback's view is only valid during the call.
+	What the kernel could not reserve, only the program knows: it counts that itself.
+	@param onSample - throwing from it closes nothing; the error is uncaught in the usual way.
+	*/
+	openRingBuffer(map: BpfMap, onSample: (sample: Uint8Array) => void, options?: {readonly maxPerWakeup?: number}): RingBuffer;
+
+	/** A namespace by path (`/run/netns/x`, `/proc/1/ns/net`). EINVAL when the file is not a network namespace. */
+	openNetns(path: string): NetNs;
+	/** The namespace that a socket lives in (SIOCGSKNS), or of an fd of one. */
+	netnsOfSocket(fd: number): NetNs;
+	/** A new, empty namespace (unshare on a thread of its own); it ends when the handle and its sockets are closed. */
+	createNetns(): NetNs;
+
+	/** Thin, synchronous system calls on an fd; addresses are raw `sockaddr` bytes. */
+	bind(fd: number, address: Uint8Array): void;
+	listen(fd: number, backlog: number): void;
+	/** EINPROGRESS is thrown like any errno. */
+	connect(fd: number, address: Uint8Array): void;
+	/** accept4 with SOCK_CLOEXEC and `flags`. */
+	accept(fd: number, flags?: number): number;
+	getsockname(fd: number): Uint8Array;
+	getpeername(fd: number): Uint8Array;
+	/** Gives as many bytes as the kernel said. SO_ORIGINAL_DST is (0, 80) with 16 bytes, IPv6's is (41, 80) with 28. */
+	getsockopt(fd: number, level: number, name: number, length: number): Uint8Array;
+	setsockopt(fd: number, level: number, name: number, value: Uint8Array): void;
+	/** poll(2) of one fd on the calling thread. @returns revents, 0 on time-out. */
+	poll(fd: number, events: number, timeoutMs: number): number;
+	closeFd(fd: number): void;
+
+	/** Opens `path` (a directory) and takes flock(2) without waiting: EWOULDBLOCK when another has it. Released by {@link closeFd} or death. */
+	lock(path: string, mode: 'exclusive' | 'shared'): number;
+	/** mount(2) of a `bpf` file system at a directory that exists. */
+	mountBpffs(path: string): void;
+	/** umount2(2) with MNT_DETACH. */
+	unmount(path: string): void;
+	/** statfs(2) f_type: 0xcafe4a11n bpffs, 0x63677270n cgroup2, 0x6e736673n nsfs. */
+	filesystemType(path: string): bigint;
+	/** The cgroup id BPF programs see: the inode number of its directory on the cgroup2 mount (name_to_handle_at). */
+	cgroupId(path: string): bigint;
+	/** Effective capabilities of the process, as the kernel's bit mask (capget). */
+	capabilities(): bigint;
+	/** Possible CPUs: the slots of a per-CPU value. */
+	possibleCpus(): number;
+	/** How many handles (objects, maps, programs, links, ring buffers, namespaces) of this environment are open: for leak tests. */
+	openHandles(): number;
+}
+
+/** `build/Release/sidestep.node`, from `src/` (tests through a loader) and from `dist/src/` alike. */
+function addonPath(): string {
+	for (const up of ['../', '../../']) {
+		const path = fileURLToPath(new URL(`${up}build/Release/sidestep.node`, import.meta.url));
+		if (existsSync(path)) {
+			return path;
+		}
+	}
+
+	throw new Error('the native addon build/Release/sidestep.node is not there: run `npm run build`');
+}
+
+export const native = createRequire(import.meta.url)(addonPath()) as Native;
+
+export function isNativeError(error: unknown): error is NativeError {
+	return error instanceof Error && typeof (error as Partial<NativeError>).errno === 'number' && typeof (error as Partial<NativeError>).syscall === 'string';
+}
