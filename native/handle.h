@@ -1,0 +1,85 @@
+// What every object with a kernel resource behind it shares: idempotent close, and an end with the environment.
+#pragma once
+
+#include <napi.h>
+
+#include <list>
+#include <memory>
+#include <string>
+
+#include "errno_error.h"
+
+class Handle;
+
+/* The open handles of one environment (main thread or worker), oldest first. */
+class Registry {
+ public:
+	std::list<Handle*> open;
+	/* Set when the environment ends: JS may not be called any more. */
+	bool ending = false;
+	/* Newest first: a link goes before its program, a ring buffer before its map. */
+	void CloseAll();
+};
+
+/* Per environment, never static: several workers load the addon at once. */
+struct Instance {
+	std::shared_ptr<Registry> registry = std::make_shared<Registry>();
+	Napi::FunctionReference object, map, program, link, ring_buffer, netns;
+
+	static Instance& Of(Napi::Env env) { return *env.GetInstanceData<Instance>(); }
+};
+
+/*
+ * close() reaches Release() once, from whichever comes first: JS, the garbage collector, or the end of the environment. The registry
+ * is shared, as finalisers may run after the instance data is gone.
+ */
+class Handle {
+ public:
+	explicit Handle(Napi::Env env) : registry_(Instance::Of(env).registry) {
+		position_ = registry_->open.insert(registry_->open.end(), this);
+	}
+	virtual ~Handle() = default;
+	Handle(const Handle&) = delete;
+	Handle& operator=(const Handle&) = delete;
+
+	void CloseOnce() {
+		if (!closed_) {
+			closed_ = true;
+			registry_->open.erase(position_);
+			Release();
+		}
+	}
+
+ protected:
+	virtual void Release() = 0;
+	bool closed() const { return closed_; }
+	void RequireOpen(Napi::Env env, const char* kind) const {
+		if (closed_) {
+			ThrowErrno(env, EBADF, "close", std::string(kind) + " is closed already");
+		}
+	}
+	std::shared_ptr<Registry> registry_;
+
+ private:
+	std::list<Handle*>::iterator position_;
+	bool closed_ = false;
+};
+
+/* A handle that is one file descriptor. */
+class FdHandle : public Handle {
+ public:
+	FdHandle(Napi::Env env, int fd, std::string subject) : Handle(env), fd_(fd), subject_(std::move(subject)) {}
+	/* Throws EBADF when closed. */
+	int fd(Napi::Env env) const {
+		RequireOpen(env, subject_.c_str());
+		return fd_;
+	}
+	const std::string& subject() const { return subject_; }
+
+ protected:
+	void Release() override;
+
+ private:
+	int fd_;
+	std::string subject_;
+};

@@ -1,0 +1,130 @@
+/**
+Every error that sidestep raises on purpose. Shape of a message: what failed (why, in the kernel's word): what to do. Match on `code`, which is
+stable; the native error, if there is one, is `cause`.
+*/
+import {isNativeError} from './native.js';
+
+export abstract class AgentError extends Error {
+	abstract readonly code: string;
+	override readonly name: string = new.target.name;
+}
+
+/** The kernel's word for a failure, e.g. `EPERM: operation not permitted`; the message itself for other errors. */
+export function reasonOf(error: unknown): string {
+	if (error instanceof Error) {
+		return error.message.split('\n', 1)[0]!;
+	}
+
+	return String(error);
+}
+
+export function hasErrno(error: unknown, ...codes: readonly string[]): boolean {
+	return error instanceof Error && codes.includes((error as NodeJS.ErrnoException).code ?? '');
+}
+
+/** Something in a file or an option that the user wrote. */
+export class InputError extends AgentError {
+	readonly code = 'ERR_INPUT';
+
+	/** @param where - file, and the path to the value inside it: `pods.yaml: pods[1].proxy.port`. */
+	constructor(readonly where: string, readonly problem: string, options?: ErrorOptions) {
+		super(`${where}: ${problem}`, options);
+	}
+}
+
+/** A pod's namespace, address or cgroup is not what the pods file says. Concerns that pod only. */
+export class PodError extends AgentError {
+	readonly code = 'ERR_POD';
+
+	constructor(readonly pod: string, readonly problem: string, options?: ErrorOptions) {
+		super(`pod ${pod}: ${problem}`, options);
+	}
+}
+
+export class NotLoadedError extends AgentError {
+	readonly code = 'ERR_NOT_LOADED';
+
+	constructor(readonly path: string, options?: ErrorOptions) {
+		super(`nothing is pinned at ${path}: start \`sidestep run\`, or name the right --bpffs`, options);
+	}
+}
+
+export class LockedError extends AgentError {
+	readonly code = 'ERR_LOCKED';
+
+	constructor(readonly path: string, options?: ErrorOptions) {
+		super(`another sidestep writes to ${path} (its lock is taken): stop that agent first`, options);
+	}
+}
+
+export class LayoutVersionError extends AgentError {
+	readonly code = 'ERR_LAYOUT_VERSION';
+
+	constructor(readonly path: string, readonly pinned: string, readonly ours: number) {
+		super(`${path} holds layout ${pinned}, and this build knows v${ours} only: run the \`sidestep unload\` of the version that made it, or that version itself`);
+	}
+}
+
+export class ForeignPinError extends AgentError {
+	readonly code = 'ERR_FOREIGN_PIN';
+
+	constructor(readonly path: string, readonly problem: string, options?: ErrorOptions) {
+		super(`${path} was not made by sidestep (${problem}): remove it by hand if you know that nobody uses it, or choose another --bpffs`, options);
+	}
+}
+
+export class IncompletePinsError extends AgentError {
+	readonly code = 'ERR_INCOMPLETE_PINS';
+
+	constructor(readonly path: string, readonly missing: readonly string[], options?: ErrorOptions) {
+		super(`${path} lacks ${missing.join(', ')}: somebody removed pins; run \`sidestep unload\`, then start again`, options);
+	}
+}
+
+export class MapIncompatibleError extends AgentError {
+	readonly code = 'ERR_MAP_INCOMPATIBLE';
+
+	constructor(readonly path: string, readonly differences: readonly string[], options?: ErrorOptions) {
+		super(`pinned map ${path} does not fit this build (${differences.join(', ')}): run \`sidestep unload\`, then start again`, options);
+	}
+}
+
+export class MapFullError extends AgentError {
+	readonly code = 'ERR_MAP_FULL';
+
+	constructor(readonly map: string, readonly maxEntries: number, options?: ErrorOptions) {
+		super(`map ${map} is full (${maxEntries} entries)${map === 'handshakes' ? '' : ': run `sidestep unload`, then start with a larger --max-pods'}`, options);
+	}
+}
+
+export class OtherCgroupError extends AgentError {
+	readonly code = 'ERR_OTHER_CGROUP';
+
+	constructor(readonly link: string, readonly cgroup: string, options?: ErrorOptions) {
+		super(`${link} is attached to another cgroup than ${cgroup}: start with the --cgroup it was started with, or run \`sidestep unload\` first`, options);
+	}
+}
+
+/** The host lacks something. `remedy` is a whole clause. */
+export class HostError extends AgentError {
+	readonly code = 'ERR_HOST';
+
+	constructor(readonly what: string, readonly remedy: string, options?: ErrorOptions) {
+		super(`${what}: ${remedy}`, options);
+	}
+}
+
+/** The kernel refused the object. Shows the end of the verifier's log; `log` has all of it. */
+export class LoadError extends AgentError {
+	readonly code = 'ERR_LOAD';
+	readonly log: string;
+
+	constructor(readonly object: string, cause: unknown) {
+		const log = isNativeError(cause) ? cause.log ?? '' : '';
+		const lines = log.split('\n').filter(line => line.trim() && !line.startsWith('processed '));
+		const omitted = lines.length > 3 ? ` (${lines.length - 3} lines omitted)` : '';
+		const tail = lines.length > 0 ? `\n  ${lines.slice(-3).join('\n  ')}${omitted}` : '';
+		super(`the kernel does not take ${object} (${reasonOf(cause)}): run \`sidestep check\` to see what it lacks${tail}`, {cause});
+		this.log = log;
+	}
+}
