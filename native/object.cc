@@ -160,7 +160,7 @@ Napi::Value Object::Globals(const Napi::CallbackInfo& info) {
 	RequireOpen(info.Env(), "object");
 	std::string section = TextArgument(info, 0, "section");
 	size_t size = 0;
-	void* value = bpf_map__initial_value(FindMap(info.Env(), section), &size);
+	const void* value = bpf_map__initial_value(FindMap(info.Env(), section), &size);
 	if (!value) {
 		ThrowErrno(info.Env(), ENOENT, "bpf_map__initial_value", section);
 	}

@@ -6,7 +6,11 @@ import {isNativeError} from './native.js';
 
 export abstract class AgentError extends Error {
 	abstract readonly code: string;
-	override readonly name: string = new.target.name;
+
+	constructor(message: string, options?: ErrorOptions) {
+		super(message, options);
+		this.name = new.target.name;
+	}
 }
 
 /** The kernel's word for a failure, e.g. `EPERM: operation not permitted`; the message itself for other errors. */

@@ -171,8 +171,6 @@ export interface BpfObject {
 export interface RingBuffer {
 	/** Samples the kernel gave to JS so far. */
 	readonly received: bigint;
-	/** Bytes waiting now (BPF_RB_AVAIL_DATA). */
-	readonly pendingBytes: number;
 	/** Keeps, or does not keep, the event loop alive. */
 	ref(): void;
 	unref(): void;
@@ -221,7 +219,7 @@ export interface Native {
 	enableStats(): number;
 	/**
 	Reads a BPF_MAP_TYPE_RINGBUF on the event loop (libuv). One wake-up hands over at most `maxPerWakeup` samples (default 8192); the rest waits for
-	the next turn of the loop, so that timers and sockets get theirs. The callback's view is only valid during the call.
+	the next turn of the loop, so that timers and sockets get theirs. Each sample is a copy.
 	What the kernel could not reserve, only the program knows: it counts that itself.
 	@param onSample - throwing from it closes nothing; the error is uncaught in the usual way.
 	*/
