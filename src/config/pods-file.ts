@@ -1,0 +1,219 @@
+/**
+The pods file: which pods to enrol, and where their connections go. Pure; README.md describes the format.
+*/
+import path from 'node:path';
+import {LineCounter, parseDocument} from 'yaml';
+import {InputError} from '../errors.js';
+import {canonicalAddress} from '../maps/address.js';
+import {MARKS_MAX, type Mark} from '../maps/schema.js';
+
+export interface PodSpec {
+	/** Unique; usually namespace/name. */
+	readonly name: string;
+	/** The network namespace's file, or a process in it: exactly one of the two. */
+	readonly netns?: string;
+	readonly pid?: number;
+	/** The pod's addresses; read from the namespace when left out. */
+	readonly ips?: readonly string[];
+	readonly mode: 'proxy';
+	readonly proxy: {
+		readonly port: number;
+		/** Where the proxy listens, at most one per family; the pod's own addresses when left out. A family that is left out is refused. */
+		readonly addresses?: readonly string[];
+	};
+	readonly exempt: {
+		readonly marks: readonly Mark[];
+		readonly uids: readonly number[];
+		readonly gids: readonly number[];
+		/** Absolute paths of cgroup v2 directories. */
+		readonly cgroups: readonly string[];
+	};
+}
+
+const NAME_MAX_BYTES = 319;
+const UINT32_MAX = 0xff_ff_ff_ff;
+
+/**
+@param file - its name, for messages.
+@throws InputError that names the file and the value: `pods.yaml: pods[1].proxy.port: …`. The whole file is refused.
+*/
+export function parsePodsFile(text: string, file: string): readonly PodSpec[] {
+	const lineCounter = new LineCounter();
+	const document = parseDocument(text, {lineCounter, uniqueKeys: true});
+	const [syntax] = document.errors;
+	if (syntax) {
+		const {line, col} = lineCounter.linePos(syntax.pos[0]);
+		throw new InputError(`${file}:${line}:${col}`, syntax.message.split('\n', 1)[0]!.replace(/ at line .*$/, ''));
+	}
+
+	let value: unknown;
+	try {
+		// maxAliasCount stops documents that grow without bound through aliases.
+		value = document.toJS({maxAliasCount: 100});
+	} catch (error) {
+		throw new InputError(file, (error as Error).message, {cause: error});
+	}
+
+	const top = new Reader(value, file, '').object(['pods']);
+	const pods = top.get('pods').list().map(parsePod);
+	const names = new Map<string, number>();
+	for (const [index, {name}] of pods.entries()) {
+		const first = names.get(name);
+		if (first !== undefined) {
+			throw new InputError(`${file}: pods[${index}].name`, `'${name}' is also the name of pods[${first}]`);
+		}
+
+		names.set(name, index);
+	}
+
+	return pods;
+}
+
+function parsePod(reader: Reader): PodSpec {
+	const pod = reader.object(['name', 'netns', 'pid', 'ips', 'mode', 'proxy', 'exempt']);
+	const name = pod.get('name').text();
+	if (Buffer.byteLength(name) > NAME_MAX_BYTES || !/^[\w.:/-]+$/.test(name)) {
+		pod.get('name').refuse(`expected letters, digits and any of . : / _ -, at most ${NAME_MAX_BYTES} of them`);
+	}
+
+	if (pod.has('netns') === pod.has('pid')) {
+		reader.refuse('expected exactly one of netns and pid');
+	}
+
+	const proxy = pod.get('proxy').object(['port', 'addresses']);
+	const port = proxy.get('port').integer(1, 65_535);
+	const exempt = pod.has('exempt') ? pod.get('exempt').object(['marks', 'uids', 'gids', 'cgroups']) : undefined;
+	const exemptList = (key: string) => exempt?.has(key) ? exempt.get(key).list() : [];
+	const marks = exemptList('marks').map(parseMark);
+	if (marks.length > MARKS_MAX) {
+		exempt!.get('marks').refuse(`at most ${MARKS_MAX} are possible`);
+	}
+
+	return {
+		name,
+		...(pod.has('netns') ? {netns: pod.get('netns').absolutePath()} : {pid: pod.get('pid').integer(1, 4_194_304)}),
+		...(pod.has('ips') ? {ips: addressPerFamily(pod.get('ips'))} : {}),
+		mode: pod.has('mode') ? pod.get('mode').oneOf(['proxy'] as const) : 'proxy',
+		proxy: {port, ...(proxy.has('addresses') ? {addresses: addressPerFamily(proxy.get('addresses'))} : {})},
+		exempt: {
+			marks,
+			uids: exemptList('uids').map(item => item.integer(0, UINT32_MAX - 1)),
+			gids: exemptList('gids').map(item => item.integer(0, UINT32_MAX - 1)),
+			cgroups: exemptList('cgroups').map(item => item.absolutePath()),
+		},
+	};
+}
+
+function addressPerFamily(reader: Reader): readonly string[] {
+	const addresses = reader.list().map(item => item.address());
+	if (addresses.length === 0) {
+		reader.refuse('expected at least one address');
+	}
+
+	for (const family of ['IPv4', 'IPv6']) {
+		if (addresses.filter(address => address.includes(':') === (family === 'IPv6')).length > 1) {
+			reader.refuse(`expected at most one ${family} address`);
+		}
+	}
+
+	return addresses;
+}
+
+/** `0x539`, `1337`, `0x539/0xfff`, as iptables writes them. */
+function parseMark(reader: Reader): Mark {
+	const text = String(reader.value);
+	const match = /^(0x[\da-f]{1,8}|\d{1,10})(?:\/(0x[\da-f]{1,8}|\d{1,10}))?$/i.exec(text);
+	const value = Number(match?.[1]);
+	const mask = match?.[2] === undefined ? UINT32_MAX : Number(match[2]);
+	if (!match || value > UINT32_MAX || mask > UINT32_MAX) {
+		return reader.refuse(`expected a mark such as 0x539 or 0x539/0xfff, got ${JSON.stringify(reader.value)}`);
+	}
+
+	if (mask === 0) {
+		reader.refuse('a mask of 0 would exempt every connection');
+	}
+
+	if (((value & mask) >>> 0) !== value) {
+		reader.refuse(`0x${value.toString(16)} has bits outside its mask 0x${mask.toString(16)}, so it can never match`);
+	}
+
+	return {value, mask};
+}
+
+/** A value, and where it stands. */
+class Reader {
+	constructor(readonly value: unknown, readonly file: string, readonly path: string) {}
+
+	refuse(problem: string): never {
+		throw new InputError(this.path === '' ? this.file : `${this.file}: ${this.path}`, problem);
+	}
+
+	object(keys: readonly string[]): {has(key: string): boolean; get(key: string): Reader} {
+		const {value} = this;
+		if (typeof value !== 'object' || value === null || Array.isArray(value)) {
+			return this.refuse(`expected a mapping with ${keys.join(', ')}, got ${describe(value)}`);
+		}
+
+		const stranger = Object.keys(value).find(key => !keys.includes(key));
+		if (stranger !== undefined) {
+			this.refuse(`'${stranger}' is not known here; known are ${keys.join(', ')}`);
+		}
+
+		const fields = value as Readonly<Record<string, unknown>>;
+		return {
+			has: key => fields[key] !== undefined && fields[key] !== null,
+			get: key => new Reader(fields[key], this.file, this.path === '' ? key : `${this.path}.${key}`),
+		};
+	}
+
+	list(): readonly Reader[] {
+		if (!Array.isArray(this.value)) {
+			return this.refuse(`expected a list, got ${describe(this.value)}`);
+		}
+
+		return this.value.map((item, index) => new Reader(item, this.file, `${this.path}[${index}]`));
+	}
+
+	text(): string {
+		return typeof this.value === 'string' && this.value !== '' ? this.value : this.refuse(`expected text, got ${describe(this.value)}`);
+	}
+
+	integer(low: number, high: number): number {
+		return typeof this.value === 'number' && Number.isInteger(this.value) && this.value >= low && this.value <= high
+			? this.value
+			: this.refuse(`expected an integer from ${low} to ${high}, got ${describe(this.value)}`);
+	}
+
+	oneOf<T extends string>(choices: readonly T[]): T {
+		return choices.includes(this.value as T) ? this.value as T : this.refuse(`expected ${choices.join(' or ')}, got ${describe(this.value)}`);
+	}
+
+	absolutePath(): string {
+		const text = this.text();
+		return path.isAbsolute(text) && !text.includes('\0') ? text : this.refuse(`expected an absolute path, got ${describe(text)}`);
+	}
+
+	address(): string {
+		const text = this.text();
+		let address: string;
+		try {
+			address = canonicalAddress(text);
+		} catch {
+			return this.refuse(`expected an IP address, got ${describe(text)}`);
+		}
+
+		return address === '' || address === '0.0.0.0' ? this.refuse('expected an address that a connection can go to') : address;
+	}
+}
+
+function describe(value: unknown): string {
+	if (value === undefined || value === null) {
+		return 'nothing';
+	}
+
+	if (Array.isArray(value)) {
+		return 'a list';
+	}
+
+	return typeof value === 'object' ? 'a mapping' : JSON.stringify(value);
+}

@@ -1,0 +1,114 @@
+/**
+Carries a plan out on the kernel's maps.
+*/
+import type {Datapath} from '../loader/datapath.js';
+import type {Counters, Maps} from '../maps/schema.js';
+import type {Change, KernelState, Step} from './plan.js';
+
+export function readKernelState({pods, podInfo, counters, prefixes, exemptions}: Maps): KernelState {
+	return {
+		pods: new Map(pods.entries()),
+		infos: new Map(podInfo.entries()),
+		counters: new Set(counters.entriesPerCpu().map(([cookie]) => cookie)),
+		prefixes: prefixes.entries(),
+		exemptions: exemptions.entries().map(([key]) => key),
+	};
+}
+
+/**
+Does one change, wholly or not at all.
+
+@throws MapFullError, or the kernel's error, after the steps done so far were undone.
+*/
+export function applyChange({maps, schema}: Pick<Datapath, 'maps' | 'schema'>, change: Change, nowMs = Date.now()): void {
+	const zero: Counters = {count: schema.reasons.map(() => 0n)};
+	const undo: Array<() => void> = [];
+	try {
+		for (const step of change.steps) {
+			undo.push(applyStep(maps, step, zero, nowMs));
+		}
+	} catch (error) {
+		for (const revert of undo.reverse()) {
+			revert();
+		}
+
+		throw error;
+	}
+}
+
+/** @returns what undoes it. */
+function applyStep(maps: Maps, step: Step, zero: Counters, nowMs: number): () => void {
+	switch (step.do) {
+		case 'put prefix': {
+			maps.prefixes.set(step.key, step.value);
+			return () => maps.prefixes.delete(step.key);
+		}
+
+		case 'put exemption': {
+			maps.exemptions.set(step.key, {present: 1});
+			return () => maps.exemptions.delete(step.key);
+		}
+
+		case 'put counters': {
+			maps.counters.set(step.cookie, zero);
+			return () => maps.counters.delete(step.cookie);
+		}
+
+		case 'put info': {
+			return put(maps.podInfo, step.cookie, {...step.info, enrolledAtMs: step.enrolledAtMs ?? BigInt(nowMs)});
+		}
+
+		case 'put pod': {
+			return put(maps.pods, step.cookie, step.pod);
+		}
+
+		case 'delete pod': {
+			return remove(maps.pods, step.cookie);
+		}
+
+		case 'delete info': {
+			return remove(maps.podInfo, step.cookie);
+		}
+
+		case 'delete counters': {
+			maps.counters.delete(step.cookie);
+			return () => maps.counters.set(step.cookie, zero);
+		}
+
+		case 'delete prefix': {
+			return remove(maps.prefixes, step.key);
+		}
+
+		case 'delete exemption': {
+			return remove(maps.exemptions, step.key);
+		}
+	}
+}
+
+interface Entries<K, V> {
+	get(key: K): V | undefined;
+	set(key: K, value: V): void;
+	delete(key: K): boolean;
+}
+
+function put<K, V>(map: Entries<K, V>, key: K, value: V): () => void {
+	const before = map.get(key);
+	map.set(key, value);
+	return () => {
+		if (before === undefined) {
+			map.delete(key);
+		} else {
+			map.set(key, before);
+		}
+	};
+}
+
+function remove<K, V>(map: Entries<K, V>, key: K): () => void {
+	const before = map.get(key);
+	map.delete(key);
+	return () => {
+		if (before !== undefined) {
+			map.set(key, before);
+		}
+	};
+}
