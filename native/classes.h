@@ -10,11 +10,9 @@
 class Map : public Napi::ObjectWrap<Map>, public FdHandle {
  public:
 	static Napi::Function Define(Napi::Env env);
-	/* Takes the fd over, whatever happens. */
 	static Napi::Object Wrap(Napi::Env env, int fd, const std::string& subject);
 	static Map& From(const Napi::CallbackInfo& info, size_t index, const char* name);
 	explicit Map(const Napi::CallbackInfo& info);
-	~Map() override { CloseOnce(); }
 
 	const bpf_map_info& spec() const { return spec_; }
 
@@ -42,7 +40,6 @@ class Program : public Napi::ObjectWrap<Program>, public FdHandle {
 	static Napi::Object Wrap(Napi::Env env, int fd, int attach_type, const std::string& subject);
 	static Program& From(const Napi::CallbackInfo& info, size_t index, const char* name);
 	explicit Program(const Napi::CallbackInfo& info);
-	~Program() override { CloseOnce(); }
 
  private:
 	Napi::Value Fd(const Napi::CallbackInfo& info);
@@ -57,7 +54,6 @@ class Program : public Napi::ObjectWrap<Program>, public FdHandle {
 	Napi::Value Close(const Napi::CallbackInfo& info);
 	bpf_attach_type AttachType(const Napi::CallbackInfo& info, size_t index);
 	Napi::Value CreateLink(Napi::Env env, int target_fd, bpf_attach_type type, const std::string& target);
-	int attach_type_;
 };
 
 class Link : public Napi::ObjectWrap<Link>, public FdHandle {
@@ -65,7 +61,6 @@ class Link : public Napi::ObjectWrap<Link>, public FdHandle {
 	static Napi::Function Define(Napi::Env env);
 	static Napi::Object Wrap(Napi::Env env, int fd, const std::string& subject);
 	explicit Link(const Napi::CallbackInfo& info);
-	~Link() override { CloseOnce(); }
 
  private:
 	Napi::Value Fd(const Napi::CallbackInfo& info);
@@ -109,10 +104,9 @@ class Object : public Napi::ObjectWrap<Object>, public Handle {
 class NetNs : public Napi::ObjectWrap<NetNs>, public FdHandle {
  public:
 	static Napi::Function Define(Napi::Env env);
-	/* Takes the fd over; EINVAL if it is not a network namespace. */
+	/* EINVAL if it is not a network namespace. */
 	static Napi::Object Wrap(Napi::Env env, int fd, const std::string& subject);
 	explicit NetNs(const Napi::CallbackInfo& info);
-	~NetNs() override { CloseOnce(); }
 
  private:
 	Napi::Value Fd(const Napi::CallbackInfo& info);
@@ -124,7 +118,7 @@ class NetNs : public Napi::ObjectWrap<NetNs>, public FdHandle {
 	Napi::Value LocalRoutes(const Napi::CallbackInfo& info);
 	Napi::Value SetUp(const Napi::CallbackInfo& info);
 	Napi::Value Close(const Napi::CallbackInfo& info);
-	int SocketInside(Napi::Env env, int family, int type, int protocol);
+	int SocketInside(Napi::Env env, int family, int type, int protocol) const;
 	uint64_t device_ = 0, inode_ = 0;
 };
 

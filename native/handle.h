@@ -21,10 +21,19 @@ class Registry {
 	void CloseAll();
 };
 
+/* An fd on its way into the JS object that will own it. */
+struct Adoption {
+	int fd = -1;
+	/* Programs: the type the object was compiled with, or -1 where only an fd is known. */
+	int attach_type = -1;
+	std::string subject;
+};
+
 /* Per environment, never static: several workers load the addon at once. */
 struct Instance {
 	std::shared_ptr<Registry> registry = std::make_shared<Registry>();
 	Napi::FunctionReference object, map, program, link, ring_buffer, netns;
+	Adoption adoption;
 
 	static Instance& Of(Napi::Env env) { return *env.GetInstanceData<Instance>(); }
 };
@@ -65,21 +74,32 @@ class Handle {
 	bool closed_ = false;
 };
 
-/* A handle that is one file descriptor. */
+/* A handle that is one file descriptor. Made by Adopt() only: called from JS, its constructor finds nothing to adopt and throws. */
 class FdHandle : public Handle {
  public:
-	FdHandle(Napi::Env env, int fd, std::string subject) : Handle(env), fd_(fd), subject_(std::move(subject)) {}
+	/* The fd is owned from here on; when the derived constructor throws, ~FdHandle closes it. */
+	explicit FdHandle(Napi::Env env) : FdHandle(env, Take(env)) {}
+	~FdHandle() override { CloseOnce(); }
+
+	/* Takes the fd over, whatever happens: making an object fails while a worker is being terminated. */
+	static Napi::Object Adopt(Napi::Env env, Napi::FunctionReference Instance::*kind, Adoption adoption);
+
 	/* Throws EBADF when closed. */
 	int fd(Napi::Env env) const {
 		RequireOpen(env, subject_.c_str());
 		return fd_;
 	}
 	const std::string& subject() const { return subject_; }
+	int attach_type() const { return attach_type_; }
 
  protected:
 	void Release() override;
 
  private:
+	FdHandle(Napi::Env env, Adoption adoption)
+		: Handle(env), fd_(adoption.fd), attach_type_(adoption.attach_type), subject_(std::move(adoption.subject)) {}
+	static Adoption Take(Napi::Env env);
 	int fd_;
+	int attach_type_;
 	std::string subject_;
 };

@@ -17,20 +17,19 @@ Napi::Function Link::Define(Napi::Env env) {
 }
 
 Napi::Object Link::Wrap(Napi::Env env, int fd, const std::string& subject) {
-	return Instance::Of(env).link.New({Napi::Number::New(env, fd), Napi::String::New(env, subject)});
+	return Adopt(env, &Instance::link, {fd, -1, subject});
 }
 
-Link::Link(const Napi::CallbackInfo& info)
-	: ObjectWrap(info), FdHandle(info.Env(), info[0].As<Napi::Number>().Int32Value(), info[1].As<Napi::String>().Utf8Value()) {}
+Link::Link(const Napi::CallbackInfo& info) : ObjectWrap(info), FdHandle(info.Env()) {}
 
 Napi::Value Link::Fd(const Napi::CallbackInfo& info) { return Napi::Number::New(info.Env(), fd(info.Env())); }
 
 Napi::Value Link::Info(const Napi::CallbackInfo& info) {
 	Napi::Env env = info.Env();
-	/* Larger than this header's struct: a newer kernel may write fields that it does not know, e.g. sockmap links (6.10). */
+	/* Larger than this header's struct: a newer kernel may write fields that it does not know. All of it zero, or the kernel says E2BIG. */
 	union {
-		bpf_link_info now;
 		uint8_t room[256];
+		bpf_link_info now;
 	} u{};
 	uint32_t size = sizeof(u);
 	if (bpf_obj_get_info_by_fd(fd(env), &u.now, &size)) {
@@ -38,15 +37,12 @@ Napi::Value Link::Info(const Napi::CallbackInfo& info) {
 	}
 	uint64_t target = 0;
 	uint32_t attach_type = 0;
-	/* BPF_LINK_TYPE_SOCKMAP (linux/bpf.h, 6.10): {map_id, attach_type}. */
+	/* BPF_LINK_TYPE_SOCKMAP (6.10) is not in this header: {map_id, attach_type}, laid out as {netns_ino, attach_type}. */
 	constexpr uint32_t kSockmap = 14;
 	if (u.now.type == BPF_LINK_TYPE_CGROUP) {
 		target = u.now.cgroup.cgroup_id;
 		attach_type = u.now.cgroup.attach_type;
-	} else if (u.now.type == BPF_LINK_TYPE_NETNS) {
-		target = u.now.netns.netns_ino;
-		attach_type = u.now.netns.attach_type;
-	} else if (u.now.type == kSockmap) {
+	} else if (u.now.type == BPF_LINK_TYPE_NETNS || u.now.type == kSockmap) {
 		target = u.now.netns.netns_ino;
 		attach_type = u.now.netns.attach_type;
 	}

@@ -37,7 +37,7 @@ Napi::Function Map::Define(Napi::Env env) {
 }
 
 Napi::Object Map::Wrap(Napi::Env env, int fd, const std::string& subject) {
-	return Instance::Of(env).map.New({Napi::Number::New(env, fd), Napi::String::New(env, subject)});
+	return Adopt(env, &Instance::map, {fd, -1, subject});
 }
 
 Map& Map::From(const Napi::CallbackInfo& info, size_t index, const char* name) {
@@ -47,13 +47,10 @@ Map& Map::From(const Napi::CallbackInfo& info, size_t index, const char* name) {
 	return *Map::Unwrap(info[index].As<Napi::Object>());
 }
 
-Map::Map(const Napi::CallbackInfo& info)
-	: ObjectWrap(info), FdHandle(info.Env(), info[0].As<Napi::Number>().Int32Value(), info[1].As<Napi::String>().Utf8Value()) {
+Map::Map(const Napi::CallbackInfo& info) : ObjectWrap(info), FdHandle(info.Env()) {
 	uint32_t size = sizeof(spec_);
 	if (bpf_obj_get_info_by_fd(fd(info.Env()), &spec_, &size)) {
-		int error = errno;
-		CloseOnce();
-		ThrowErrno(info.Env(), error, "bpf(BPF_OBJ_GET_INFO_BY_FD)", subject());
+		ThrowErrno(info.Env(), errno, "bpf(BPF_OBJ_GET_INFO_BY_FD)", subject());
 	}
 }
 
@@ -98,7 +95,8 @@ Napi::Value Map::Update(const Napi::CallbackInfo& info) {
 	int map = fd(env);
 	Bytes key = BytesArgument(info, 0, "key", spec_.key_size);
 	Bytes value = BytesArgument(info, 1, "value", LookupSize());
-	if (bpf_map_update_elem(map, key.data, value.data, IntegerArgumentOr(info, 2, "flags", BPF_ANY))) {
+	uint64_t flags = info[2].IsUndefined() ? uint64_t{BPF_ANY} : static_cast<uint64_t>(IntegerArgument(info, 2, "flags", 0, UINT32_MAX));
+	if (bpf_map_update_elem(map, key.data, value.data, flags)) {
 		ThrowErrno(env, errno, "bpf(BPF_MAP_UPDATE_ELEM)", subject());
 	}
 	return env.Undefined();

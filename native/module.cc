@@ -2,6 +2,8 @@
 // then come the finalisers of JS objects, which find their handles closed.
 #include <unistd.h>
 
+#include <utility>
+
 #include "classes.h"
 
 void Registry::CloseAll() {
@@ -12,6 +14,28 @@ void Registry::CloseAll() {
 }
 
 void FdHandle::Release() { close(fd_); }
+
+Napi::Object FdHandle::Adopt(Napi::Env env, Napi::FunctionReference Instance::*kind, Adoption adoption) {
+	Instance& instance = Instance::Of(env);
+	instance.adoption = std::move(adoption);
+	try {
+		return (instance.*kind).New({});
+	} catch (...) {
+		if (instance.adoption.fd >= 0) {
+			close(instance.adoption.fd);
+			instance.adoption = {};
+		}
+		throw;
+	}
+}
+
+Adoption FdHandle::Take(Napi::Env env) {
+	Adoption taken = std::exchange(Instance::Of(env).adoption, {});
+	if (taken.fd < 0) {
+		throw Napi::TypeError::New(env, "Illegal constructor");
+	}
+	return taken;
+}
 
 static Napi::Object Init(Napi::Env env, Napi::Object exports) {
 	auto* instance = new Instance;

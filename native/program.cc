@@ -25,7 +25,7 @@ Napi::Function Program::Define(Napi::Env env) {
 }
 
 Napi::Object Program::Wrap(Napi::Env env, int fd, int attach_type, const std::string& subject) {
-	return Instance::Of(env).program.New({Napi::Number::New(env, fd), Napi::Number::New(env, attach_type), Napi::String::New(env, subject)});
+	return Adopt(env, &Instance::program, {fd, attach_type, subject});
 }
 
 Program& Program::From(const Napi::CallbackInfo& info, size_t index, const char* name) {
@@ -35,10 +35,7 @@ Program& Program::From(const Napi::CallbackInfo& info, size_t index, const char*
 	return *Program::Unwrap(info[index].As<Napi::Object>());
 }
 
-Program::Program(const Napi::CallbackInfo& info)
-	: ObjectWrap(info),
-	  FdHandle(info.Env(), info[0].As<Napi::Number>().Int32Value(), info[2].As<Napi::String>().Utf8Value()),
-	  attach_type_(info[1].As<Napi::Number>().Int32Value()) {}
+Program::Program(const Napi::CallbackInfo& info) : ObjectWrap(info), FdHandle(info.Env()) {}
 
 Napi::Value Program::Fd(const Napi::CallbackInfo& info) { return Napi::Number::New(info.Env(), fd(info.Env())); }
 
@@ -81,10 +78,10 @@ Napi::Value Program::Pin(const Napi::CallbackInfo& info) {
 }
 
 bpf_attach_type Program::AttachType(const Napi::CallbackInfo& info, size_t index) {
-	if (info[index].IsUndefined() && attach_type_ < 0) {
+	if (info[index].IsUndefined() && attach_type() < 0) {
 		throw Napi::TypeError::New(info.Env(), "Expected `attachType`: a program opened from a pin or by id does not know its own");
 	}
-	return static_cast<bpf_attach_type>(IntegerArgumentOr(info, index, "attachType", attach_type_));
+	return static_cast<bpf_attach_type>(IntegerArgumentOr(info, index, "attachType", attach_type()));
 }
 
 Napi::Value Program::CreateLink(Napi::Env env, int target_fd, bpf_attach_type type, const std::string& target) {

@@ -119,20 +119,20 @@ static Napi::Value EnableStats(Info info) {
 static Napi::Value Bind(Info info) {
 	int fd = FdArgument(info, 0, "fd");
 	Bytes address = BytesArgument(info, 1, "address");
-	CheckErrno(info.Env(), bind(fd, reinterpret_cast<sockaddr*>(address.data), static_cast<socklen_t>(address.size)), errno, "bind", FdName(fd));
+	Checked(info.Env(), "bind", FdName(fd), [&] { return ::bind(fd, reinterpret_cast<sockaddr*>(address.data), static_cast<socklen_t>(address.size)); });
 	return info.Env().Undefined();
 }
 
 static Napi::Value Listen(Info info) {
 	int fd = FdArgument(info, 0, "fd");
-	CheckErrno(info.Env(), listen(fd, static_cast<int>(IntegerArgument(info, 1, "backlog", 0, INT32_MAX))), errno, "listen", FdName(fd));
+	Checked(info.Env(), "listen", FdName(fd), [&] { return ::listen(fd, static_cast<int>(IntegerArgument(info, 1, "backlog", 0, INT32_MAX))); });
 	return info.Env().Undefined();
 }
 
 static Napi::Value Connect(Info info) {
 	int fd = FdArgument(info, 0, "fd");
 	Bytes address = BytesArgument(info, 1, "address");
-	CheckErrno(info.Env(), connect(fd, reinterpret_cast<sockaddr*>(address.data), static_cast<socklen_t>(address.size)), errno, "connect", FdName(fd));
+	Checked(info.Env(), "connect", FdName(fd), [&] { return ::connect(fd, reinterpret_cast<sockaddr*>(address.data), static_cast<socklen_t>(address.size)); });
 	return info.Env().Undefined();
 }
 
@@ -148,7 +148,7 @@ static Napi::Value NameOf(Info info, const char* syscall) {
 	int fd = FdArgument(info, 0, "fd");
 	sockaddr_storage address{};
 	socklen_t size = sizeof(address);
-	CheckErrno(info.Env(), Call(fd, reinterpret_cast<sockaddr*>(&address), &size), errno, syscall, FdName(fd));
+	Checked(info.Env(), syscall, FdName(fd), [&] { return Call(fd, reinterpret_cast<sockaddr*>(&address), &size); });
 	return CopyBytes(info.Env(), &address, std::min<size_t>(size, sizeof(address)));
 }
 
@@ -163,7 +163,7 @@ static Napi::Value Getsockopt(Info info) {
 	int name = static_cast<int>(IntegerArgument(info, 2, "name"));
 	std::vector<uint8_t> value(static_cast<size_t>(IntegerArgument(info, 3, "length", 0, 1 << 20)));
 	socklen_t size = static_cast<socklen_t>(value.size());
-	CheckErrno(info.Env(), getsockopt(fd, level, name, value.data(), &size), errno, "getsockopt", FdName(fd));
+	Checked(info.Env(), "getsockopt", FdName(fd), [&] { return ::getsockopt(fd, level, name, value.data(), &size); });
 	return CopyBytes(info.Env(), value.data(), std::min<size_t>(size, value.size()));
 }
 
@@ -172,19 +172,19 @@ static Napi::Value Setsockopt(Info info) {
 	int level = static_cast<int>(IntegerArgument(info, 1, "level"));
 	int name = static_cast<int>(IntegerArgument(info, 2, "name"));
 	Bytes value = BytesArgument(info, 3, "value");
-	CheckErrno(info.Env(), setsockopt(fd, level, name, value.data, static_cast<socklen_t>(value.size)), errno, "setsockopt", FdName(fd));
+	Checked(info.Env(), "setsockopt", FdName(fd), [&] { return ::setsockopt(fd, level, name, value.data, static_cast<socklen_t>(value.size)); });
 	return info.Env().Undefined();
 }
 
 static Napi::Value Poll(Info info) {
 	pollfd watched{FdArgument(info, 0, "fd"), static_cast<short>(IntegerArgument(info, 1, "events", 0, INT16_MAX)), 0};
-	CheckErrno(info.Env(), poll(&watched, 1, static_cast<int>(IntegerArgument(info, 2, "timeoutMs", -1, INT32_MAX))), errno, "poll", FdName(watched.fd));
+	Checked(info.Env(), "poll", FdName(watched.fd), [&] { return ::poll(&watched, 1, static_cast<int>(IntegerArgument(info, 2, "timeoutMs", -1, INT32_MAX))); });
 	return Napi::Number::New(info.Env(), watched.revents);
 }
 
 static Napi::Value CloseFd(Info info) {
 	int fd = FdArgument(info, 0, "fd");
-	CheckErrno(info.Env(), close(fd), errno, "close", FdName(fd));
+	Checked(info.Env(), "close", FdName(fd), [&] { return ::close(fd); });
 	return info.Env().Undefined();
 }
 
@@ -206,20 +206,20 @@ static Napi::Value Lock(Info info) {
 
 static Napi::Value MountBpffs(Info info) {
 	std::string path = TextArgument(info, 0, "path");
-	CheckErrno(info.Env(), mount("bpf", path.c_str(), "bpf", MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_RELATIME, "mode=0700"), errno, "mount(bpf)", path);
+	Checked(info.Env(), "mount(bpf)", path, [&] { return ::mount("bpf", path.c_str(), "bpf", MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_RELATIME, "mode=0700"); });
 	return info.Env().Undefined();
 }
 
 static Napi::Value Unmount(Info info) {
 	std::string path = TextArgument(info, 0, "path");
-	CheckErrno(info.Env(), umount2(path.c_str(), MNT_DETACH), errno, "umount2", path);
+	Checked(info.Env(), "umount2", path, [&] { return ::umount2(path.c_str(), MNT_DETACH); });
 	return info.Env().Undefined();
 }
 
 static Napi::Value FilesystemType(Info info) {
 	std::string path = TextArgument(info, 0, "path");
 	struct statfs status;
-	CheckErrno(info.Env(), statfs(path.c_str(), &status), errno, "statfs", path);
+	Checked(info.Env(), "statfs", path, [&] { return ::statfs(path.c_str(), &status); });
 	return Napi::BigInt::New(info.Env(), static_cast<uint64_t>(status.f_type));
 }
 
@@ -232,7 +232,7 @@ static Napi::Value CgroupId(Info info) {
 	} handle{};
 	handle.header.handle_bytes = sizeof(handle.room);
 	int mount_id;
-	CheckErrno(info.Env(), name_to_handle_at(AT_FDCWD, path.c_str(), &handle.header, &mount_id, 0), errno, "name_to_handle_at", path);
+	Checked(info.Env(), "name_to_handle_at", path, [&] { return ::name_to_handle_at(AT_FDCWD, path.c_str(), &handle.header, &mount_id, 0); });
 	uint64_t id = 0;
 	memcpy(&id, handle.header.f_handle, sizeof(id));
 	return Napi::BigInt::New(info.Env(), id);
@@ -241,7 +241,7 @@ static Napi::Value CgroupId(Info info) {
 static Napi::Value Capabilities(Info info) {
 	__user_cap_header_struct header{_LINUX_CAPABILITY_VERSION_3, 0};
 	__user_cap_data_struct data[2]{};
-	CheckErrno(info.Env(), syscall(SYS_capget, &header, data), errno, "capget", "this process");
+	Checked(info.Env(), "capget", "this process", [&] { return ::syscall(SYS_capget, &header, data); });
 	return Napi::BigInt::New(info.Env(), static_cast<uint64_t>(data[1].effective) << 32 | data[0].effective);
 }
 
