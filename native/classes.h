@@ -29,6 +29,7 @@ class Map : public Napi::ObjectWrap<Map>, public FdHandle {
 	Napi::Value Close(const Napi::CallbackInfo& info);
 	size_t LookupSize() const;
 	bool CollectBatches(Napi::Env env, std::vector<uint8_t>& keys, std::vector<uint8_t>& values, size_t& count);
+	void DropRepeated(std::vector<uint8_t>& keys, std::vector<uint8_t>& values, size_t& count) const;
 	void CollectOneByOne(Napi::Env env, std::vector<uint8_t>& keys, std::vector<uint8_t>* values, size_t& count);
 	bpf_map_info spec_{};
 };

@@ -1,6 +1,7 @@
 #include <bpf/bpf.h>
 
 #include <cerrno>
+#include <cstring>
 #include <unordered_set>
 #include <vector>
 
@@ -162,6 +163,10 @@ bool Map::CollectBatches(Napi::Env env, std::vector<uint8_t>& keys, std::vector<
 		if (error == ENOENT) {
 			return true;
 		}
+		/* A trie starts again from its first key when the last one given vanished; a hash goes by bucket and ends. */
+		if (count > 2ULL * spec_.max_entries) {
+			return false;
+		}
 		first = false;
 		in.swap(out);
 	}
@@ -177,13 +182,22 @@ void Map::CollectOneByOne(Napi::Env env, std::vector<uint8_t>& keys, std::vector
 	std::string key(spec_.key_size, 0), next(spec_.key_size, 0);
 	std::vector<uint8_t> value(LookupSize());
 	uint64_t bound = 3ULL * spec_.max_entries + 16;
-	for (bool first = true; bound-- > 0 && !bpf_map_get_next_key(map, first ? nullptr : key.data(), next.data()); first = false) {
+	for (bool first = true; bound-- > 0; first = false) {
+		if (bpf_map_get_next_key(map, first ? nullptr : key.data(), next.data())) {
+			if (errno != ENOENT) {
+				ThrowErrno(env, errno, "bpf(BPF_MAP_GET_NEXT_KEY)", subject());
+			}
+			return;
+		}
 		key = next;
 		if (!seen.insert(key).second) {
 			continue;
 		}
 		if (values) {
 			if (bpf_map_lookup_elem(map, key.data(), value.data())) {
+				if (errno != ENOENT) {
+					ThrowErrno(env, errno, "bpf(BPF_MAP_LOOKUP_ELEM)", subject());
+				}
 				continue;
 			}
 			values->insert(values->end(), value.begin(), value.end());
@@ -191,6 +205,20 @@ void Map::CollectOneByOne(Napi::Env env, std::vector<uint8_t>& keys, std::vector
 		keys.insert(keys.end(), key.begin(), key.end());
 		count++;
 	}
+}
+
+/* Keys that a trie gave twice, as it started again. */
+void Map::DropRepeated(std::vector<uint8_t>& keys, std::vector<uint8_t>& values, size_t& count) const {
+	std::unordered_set<std::string> seen;
+	size_t key_size = spec_.key_size, value_size = LookupSize(), kept = 0;
+	for (size_t i = 0; i < count; i++) {
+		if (seen.emplace(reinterpret_cast<char*>(&keys[i * key_size]), key_size).second) {
+			memmove(&keys[kept * key_size], &keys[i * key_size], key_size);
+			memmove(&values[kept * value_size], &values[i * value_size], value_size);
+			kept++;
+		}
+	}
+	count = kept;
 }
 
 Napi::Value Map::Entries(const Napi::CallbackInfo& info) {
@@ -203,6 +231,9 @@ Napi::Value Map::Entries(const Napi::CallbackInfo& info) {
 		values.clear();
 		count = 0;
 		CollectOneByOne(env, keys, &values, count);
+	}
+	if (spec_.type == BPF_MAP_TYPE_LPM_TRIE) {
+		DropRepeated(keys, values, count);
 	}
 	Napi::Object result = Napi::Object::New(env);
 	result.Set("count", static_cast<double>(count));

@@ -1,5 +1,6 @@
 #include <arpa/inet.h>
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <linux/nsfs.h>
 #include <linux/rtnetlink.h>
 #include <linux/sockios.h>
@@ -8,12 +9,14 @@
 #include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <cerrno>
 #include <cstring>
 #include <functional>
 #include <map>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -23,14 +26,30 @@
 /* asm-generic/socket.h, 5.14. */
 static constexpr int kSoNetnsCookie = 71;
 
+/* An fd, or a positive errno and the call that gave it. */
+struct Outcome {
+	int fd = -1;
+	int error = 0;
+	const char* syscall = "";
+
+	static Outcome Of(int result, const char* syscall) { return result < 0 ? Outcome{-1, errno, syscall} : Outcome{result, 0, syscall}; }
+};
+
 /*
- * Runs `act` inside the namespace, on a thread that lives for just that: setns changes the calling thread, and a JS or libuv pool thread
- * would take the namespace into later file and socket calls. Gives act's result, or a negative errno.
+ * Runs `act` on a thread that lives for just that: setns and unshare change the calling thread, and a JS or libuv pool thread would take
+ * the namespace into later file and socket calls.
  */
-static int OnThreadInside(int netns, const std::function<int()>& act) {
-	int result = 0;
-	std::thread([&] { result = setns(netns, CLONE_NEWNET) ? -errno : act(); }).join();
-	return result;
+static int OnThreadOfItsOwn(Napi::Env env, const std::string& subject, const std::function<Outcome()>& act) {
+	Outcome outcome;
+	try {
+		std::thread([&] { outcome = act(); }).join();
+	} catch (const std::system_error& error) {
+		outcome = {-1, error.code().value(), "pthread_create"};
+	}
+	if (outcome.error) {
+		ThrowErrno(env, outcome.error, outcome.syscall, subject);
+	}
+	return outcome.fd;
 }
 
 Napi::Function NetNs::Define(Napi::Env env) {
@@ -48,23 +67,19 @@ Napi::Function NetNs::Define(Napi::Env env) {
 }
 
 Napi::Object NetNs::Wrap(Napi::Env env, int fd, const std::string& subject) {
-	return Instance::Of(env).netns.New({Napi::Number::New(env, fd), Napi::String::New(env, subject)});
+	return Adopt(env, &Instance::netns, {fd, -1, subject});
 }
 
-NetNs::NetNs(const Napi::CallbackInfo& info)
-	: ObjectWrap(info), FdHandle(info.Env(), info[0].As<Napi::Number>().Int32Value(), info[1].As<Napi::String>().Utf8Value()) {
+NetNs::NetNs(const Napi::CallbackInfo& info) : ObjectWrap(info), FdHandle(info.Env()) {
+	Napi::Env env = info.Env();
 	struct stat status;
-	int own = fd(info.Env());
-	int error = 0;
-	/* On a file that is not a namespace the ioctl says ENOTTY. */
-	if (fstat(own, &status)) {
-		error = errno;
-	} else if (ioctl(own, NS_GET_NSTYPE) != CLONE_NEWNET) {
-		error = EINVAL;
-	}
-	if (error) {
-		CloseOnce();
-		ThrowErrno(info.Env(), error, "ioctl(NS_GET_NSTYPE)", subject());
+	struct statfs filesystem;
+	int own = fd(env);
+	Checked(env, "fstat", subject(), [&] { return fstat(own, &status); });
+	Checked(env, "fstatfs", subject(), [&] { return fstatfs(own, &filesystem); });
+	/* The file system first: to another driver the same ioctl number may mean anything. */
+	if (filesystem.f_type != NSFS_MAGIC || ioctl(own, NS_GET_NSTYPE) != CLONE_NEWNET) {
+		ThrowErrno(env, EINVAL, "ioctl(NS_GET_NSTYPE)", subject());
 	}
 	device_ = status.st_dev;
 	inode_ = status.st_ino;
@@ -74,13 +89,12 @@ Napi::Value NetNs::Fd(const Napi::CallbackInfo& info) { return Napi::Number::New
 Napi::Value NetNs::Device(const Napi::CallbackInfo& info) { return Napi::BigInt::New(info.Env(), device_); }
 Napi::Value NetNs::Inode(const Napi::CallbackInfo& info) { return Napi::BigInt::New(info.Env(), inode_); }
 
-int NetNs::SocketInside(Napi::Env env, int family, int type, int protocol) {
-	int result = OnThreadInside(fd(env), [&] {
-		int made = socket(family, type | SOCK_CLOEXEC, protocol);
-		return made < 0 ? -errno : made;
+int NetNs::SocketInside(Napi::Env env, int family, int type, int protocol) const {
+	int own = fd(env);
+	return OnThreadOfItsOwn(env, subject(), [&] {
+		Outcome entered = Outcome::Of(setns(own, CLONE_NEWNET), "setns");
+		return entered.error ? entered : Outcome::Of(socket(family, type | SOCK_CLOEXEC, protocol), "socket");
 	});
-	CheckErrno(env, result, -result, "setns, socket", subject());
-	return result;
 }
 
 Napi::Value NetNs::Socket(const Napi::CallbackInfo& info) {
@@ -135,18 +149,26 @@ class Netlink {
 		bool interrupted = false;
 		alignas(nlmsghdr) char buffer[65536];
 		for (;;) {
-			ssize_t got = recv(fd_, buffer, sizeof(buffer), 0);
+			sockaddr_nl sender{};
+			socklen_t size = sizeof(sender);
+			ssize_t got = recvfrom(fd_, buffer, sizeof(buffer), 0, reinterpret_cast<sockaddr*>(&sender), &size);
 			if (got < 0) {
 				if (errno == EINTR) {
 					continue;
 				}
 				return errno;
 			}
+			/* A pod with CAP_NET_ADMIN may write to this socket too: only the kernel has port 0. */
+			if (sender.nl_pid != 0) {
+				continue;
+			}
 			int left = static_cast<int>(got);
 			for (nlmsghdr* message = reinterpret_cast<nlmsghdr*>(buffer); NLMSG_OK(message, static_cast<unsigned>(left)); message = NLMSG_NEXT(message, left)) {
 				interrupted |= (message->nlmsg_flags & NLM_F_DUMP_INTR) != 0;
 				if (message->nlmsg_type == NLMSG_DONE) {
-					return interrupted ? EAGAIN : 0;
+					/* A dump that failed half way ends with its errno here. */
+					int result = message->nlmsg_len >= NLMSG_LENGTH(sizeof(int)) ? *static_cast<int*>(NLMSG_DATA(message)) : 0;
+					return result < 0 ? -result : interrupted ? EAGAIN : 0;
 				}
 				if (message->nlmsg_type == NLMSG_ERROR) {
 					return -static_cast<nlmsgerr*>(NLMSG_DATA(message))->error;
@@ -269,9 +291,12 @@ Napi::Value NetNs::LocalRoutes(const Napi::CallbackInfo& info) {
 Napi::Value NetNs::SetUp(const Napi::CallbackInfo& info) {
 	Napi::Env env = info.Env();
 	std::string name = TextArgument(info, 0, "interfaceName");
+	if (name.empty() || name.size() >= IFNAMSIZ) {
+		throw Napi::RangeError::New(env, "Expected `interfaceName` to have 1 to 15 bytes, got " + std::to_string(name.size()));
+	}
 	int any = SocketInside(env, AF_INET, SOCK_DGRAM, 0);
 	ifreq request{};
-	strncpy(request.ifr_name, name.c_str(), sizeof(request.ifr_name) - 1);
+	memcpy(request.ifr_name, name.c_str(), name.size());
 	int error = ioctl(any, SIOCGIFFLAGS, &request) ? errno : 0;
 	if (!error) {
 		request.ifr_flags = static_cast<short>(request.ifr_flags | IFF_UP);
@@ -307,15 +332,11 @@ Napi::Value NetnsOfSocket(const Napi::CallbackInfo& info) {
 }
 
 Napi::Value CreateNetns(const Napi::CallbackInfo& info) {
-	int result = 0;
-	std::thread([&] {
-		if (unshare(CLONE_NEWNET)) {
-			result = -errno;
-			return;
-		}
-		int fd = open("/proc/thread-self/ns/net", O_RDONLY | O_CLOEXEC);
-		result = fd < 0 ? -errno : fd;
-	}).join();
-	CheckErrno(info.Env(), result, -result, "unshare(CLONE_NEWNET)", "new network namespace");
-	return NetNs::Wrap(info.Env(), result, "new network namespace");
+	std::string subject = "new network namespace";
+	int fd = OnThreadOfItsOwn(info.Env(), subject, [] {
+		Outcome entered = Outcome::Of(unshare(CLONE_NEWNET), "unshare");
+		/* thread-self: /proc/self is the main thread, which stays where it was. */
+		return entered.error ? entered : Outcome::Of(open("/proc/thread-self/ns/net", O_RDONLY | O_CLOEXEC), "open");
+	});
+	return NetNs::Wrap(info.Env(), fd, subject);
 }

@@ -4,6 +4,7 @@
 #include <cerrno>
 #include <cstdarg>
 #include <cstdio>
+#include <cstring>
 #include <fcntl.h>
 #include <mutex>
 
@@ -216,13 +217,27 @@ Napi::Value Object::SetAutoload(const Napi::CallbackInfo& info) {
 	return env.Undefined();
 }
 
+/* The program or map that libbpf's words are about: `prog 'name': …` comes last, and only when a program is at fault. */
+static std::string Culprit(const std::string& log, const char* kind) {
+	size_t start = log.find(kind);
+	size_t end = start == std::string::npos ? start : log.find('\'', start + strlen(kind));
+	return end == std::string::npos ? "" : log.substr(start + strlen(kind), end - start - strlen(kind));
+}
+
 Napi::Value Object::Load(const Napi::CallbackInfo& info) {
 	Napi::Env env = info.Env();
 	Require(env, false, "bpf_object__load");
 	/* Without a buffer of ours libbpf asks for the verifier's log only after a refusal, and hands it to the print function. */
 	LibbpfLog log;
 	if (int error = bpf_object__load(object_)) {
-		ThrowErrno(env, -error, "bpf(BPF_PROG_LOAD)", name_, log.text());
+		std::string program = Culprit(log.text(), "prog '"), map = Culprit(log.text(), "map '");
+		if (!program.empty()) {
+			ThrowErrno(env, -error, "bpf(BPF_PROG_LOAD)", name_ + " program " + program, log.text());
+		}
+		if (!map.empty()) {
+			ThrowErrno(env, -error, "bpf(BPF_MAP_CREATE)", name_ + " map " + map, log.text());
+		}
+		ThrowErrno(env, -error, "bpf_object__load", name_, log.text());
 	}
 	loaded_ = true;
 	return env.Undefined();

@@ -145,12 +145,10 @@ Napi::Value Program::TestRun(const Napi::CallbackInfo& info) {
 		throw Napi::TypeError::New(env, "Expected `input` to be an object");
 	}
 	Napi::Object input = info[0].As<Napi::Object>();
-	auto optional = [&](const char* name) {
-		Napi::Value value = input.Get(name);
-		return value.IsUndefined() ? Bytes{nullptr, 0} : BytesOf(env, value, name);
-	};
-	Bytes context = optional("context"), data = optional("data");
-	Napi::Value repeat = input.Get("repeat");
+	/* All properties before any bytes: a getter is JS, and may move an earlier buffer away. */
+	Napi::Value context_given = input.Get("context"), data_given = input.Get("data"), repeat = input.Get("repeat");
+	auto optional = [&](Napi::Value value, const char* name) { return value.IsUndefined() ? Bytes{nullptr, 0} : BytesOf(env, value, name); };
+	Bytes context = optional(context_given, "context"), data = optional(data_given, "data");
 	std::vector<uint8_t> context_out(context.size), data_out(data.size + 256);
 	LIBBPF_OPTS(bpf_test_run_opts, opts);
 	opts.ctx_in = context.data;

@@ -2,6 +2,7 @@
 #include <uv.h>
 
 #include <cerrno>
+#include <stdexcept>
 
 #include "arguments.h"
 #include "classes.h"
@@ -91,11 +92,14 @@ class RingBuffer : public Napi::ObjectWrap<RingBuffer>, public Handle {
 			}
 		}, watcher, &watcher->hook);
 		/* Level-triggered, as is libbpf's epoll on the ring: what a bounded wake-up leaves behind wakes the next turn of the loop. */
-		uv_poll_start(&watcher->poll, UV_READABLE, [](uv_poll_t* poll, int, int) {
+		error = uv_poll_start(&watcher->poll, UV_READABLE, [](uv_poll_t* poll, int, int) {
 			if (RingBuffer* ring = static_cast<Watcher*>(poll->data)->ring) {
 				ring->Consume();
 			}
 		});
+		if (error) {
+			ThrowErrno(env, -error, "uv_poll_start", map.subject());
+		}
 	}
 
 	void Consume() {
@@ -120,21 +124,35 @@ class RingBuffer : public Napi::ObjectWrap<RingBuffer>, public Handle {
 		on_sample_.Reset();
 	}
 
-	/* A negative result stops libbpf after this sample, which counts as read. */
+	/* A negative result stops libbpf after this sample, which counts as read. No C++ exception may pass through libbpf's C frames. */
 	static int OnSample(void* context, void* data, size_t size) {
 		auto* self = static_cast<RingBuffer*>(context);
-		Napi::Env env = self->env_;
-		Napi::HandleScope scope(env);
-		self->received_++;
-		self->in_this_wakeup_++;
-		/* A copy, as the kernel takes the sample's room back when this returns. */
-		napi_value sample = CopyBytes(env, data, size), result;
-		if (napi_make_callback(env, nullptr, env.Global(), self->on_sample_.Value(), 1, &sample, &result) == napi_pending_exception) {
-			napi_value error;
-			napi_get_and_clear_last_exception(env, &error);
-			napi_fatal_exception(env, error);
+		try {
+			self->Deliver(data, size);
+		} catch (const std::exception&) {
+			/* Only while a worker is being terminated: no JS value can be made any more. */
+			return -1;
 		}
 		return self->closed() || self->in_this_wakeup_ >= self->most_ ? -1 : 0;
+	}
+
+	void Deliver(const void* data, size_t size) {
+		Napi::HandleScope scope(env_);
+		received_++;
+		in_this_wakeup_++;
+		/* A copy, as the kernel takes the sample's room back when this returns. */
+		napi_value sample = CopyBytes(env_, data, size), result;
+		napi_status status = napi_make_callback(env_, nullptr, env_.Global(), on_sample_.Value(), 1, &sample, &result);
+		if (status == napi_ok) {
+			return;
+		}
+		napi_value error;
+		if (status == napi_pending_exception && napi_get_and_clear_last_exception(env_, &error) == napi_ok) {
+			/* 'uncaughtException'. When the environment survives it, the ring goes on. */
+			napi_fatal_exception(env_, error);
+			return;
+		}
+		throw std::runtime_error("JS cannot run");
 	}
 
 	Napi::Value Received(const Napi::CallbackInfo& info) { return Napi::BigInt::New(info.Env(), received_); }

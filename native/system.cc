@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <cstring>
 #include <vector>
 
 #include "arguments.h"
@@ -29,28 +30,37 @@ static Napi::Value OpenObject(Info info) {
 	return Instance::Of(info.Env()).object.New({info[0], info[1]});
 }
 
-static int OpenPinned(Info info, std::string& path) {
+/*
+ * BPF_OBJ_GET and BPF_OBJ_GET_INFO_BY_FD take any kind, and a program's info read as a map's looks like one. The fd's name in /proc tells
+ * the kind (bpf_map_new_fd, bpf_prog_new_fd, bpf_link_prime).
+ */
+static int OpenPinned(Info info, std::string& path, const char* kind) {
 	path = TextArgument(info, 0, "path");
 	int fd = bpf_obj_get(path.c_str());
 	CheckErrno(info.Env(), fd, errno, "bpf(BPF_OBJ_GET)", path);
+	char name[64] = {};
+	if (readlink(("/proc/self/fd/" + std::to_string(fd)).c_str(), name, sizeof(name) - 1) > 0 && strcmp(name, kind)) {
+		close(fd);
+		ThrowErrno(info.Env(), EINVAL, "bpf(BPF_OBJ_GET)", path);
+	}
 	return fd;
 }
 
 static Napi::Value OpenPinnedMap(Info info) {
 	std::string path;
-	int fd = OpenPinned(info, path);
+	int fd = OpenPinned(info, path, "anon_inode:bpf-map");
 	return Map::Wrap(info.Env(), fd, path);
 }
 
 static Napi::Value OpenPinnedProgram(Info info) {
 	std::string path;
-	int fd = OpenPinned(info, path);
+	int fd = OpenPinned(info, path, "anon_inode:bpf-prog");
 	return Program::Wrap(info.Env(), fd, -1, path);
 }
 
 static Napi::Value OpenPinnedLink(Info info) {
 	std::string path;
-	int fd = OpenPinned(info, path);
+	int fd = OpenPinned(info, path, "anon_inode:bpf_link");
 	return Link::Wrap(info.Env(), fd, path);
 }
 
@@ -125,7 +135,8 @@ static Napi::Value Bind(Info info) {
 
 static Napi::Value Listen(Info info) {
 	int fd = FdArgument(info, 0, "fd");
-	Checked(info.Env(), "listen", FdName(fd), [&] { return ::listen(fd, static_cast<int>(IntegerArgument(info, 1, "backlog", 0, INT32_MAX))); });
+	int backlog = static_cast<int>(IntegerArgument(info, 1, "backlog", 0, INT32_MAX));
+	Checked(info.Env(), "listen", FdName(fd), [&] { return ::listen(fd, backlog); });
 	return info.Env().Undefined();
 }
 
@@ -138,8 +149,8 @@ static Napi::Value Connect(Info info) {
 
 static Napi::Value Accept(Info info) {
 	int fd = FdArgument(info, 0, "fd");
-	int accepted = accept4(fd, nullptr, nullptr, static_cast<int>(IntegerArgumentOr(info, 1, "flags", 0)) | SOCK_CLOEXEC);
-	CheckErrno(info.Env(), accepted, errno, "accept4", FdName(fd));
+	int flags = static_cast<int>(IntegerArgumentOr(info, 1, "flags", 0)) | SOCK_CLOEXEC;
+	int accepted = Checked(info.Env(), "accept4", FdName(fd), [&] { return accept4(fd, nullptr, nullptr, flags); });
 	return Napi::Number::New(info.Env(), accepted);
 }
 
@@ -178,7 +189,8 @@ static Napi::Value Setsockopt(Info info) {
 
 static Napi::Value Poll(Info info) {
 	pollfd watched{FdArgument(info, 0, "fd"), static_cast<short>(IntegerArgument(info, 1, "events", 0, INT16_MAX)), 0};
-	Checked(info.Env(), "poll", FdName(watched.fd), [&] { return ::poll(&watched, 1, static_cast<int>(IntegerArgument(info, 2, "timeoutMs", -1, INT32_MAX))); });
+	int timeout_ms = static_cast<int>(IntegerArgument(info, 2, "timeoutMs", -1, INT32_MAX));
+	Checked(info.Env(), "poll", FdName(watched.fd), [&] { return ::poll(&watched, 1, timeout_ms); });
 	return Napi::Number::New(info.Env(), watched.revents);
 }
 
@@ -223,7 +235,10 @@ static Napi::Value FilesystemType(Info info) {
 	return Napi::BigInt::New(info.Env(), static_cast<uint64_t>(status.f_type));
 }
 
-/* A cgroup's file handle is its 64-bit id (kernfs), as bpf_get_current_ancestor_cgroup_id gives it. */
+/*
+ * A cgroup's file handle is its 64-bit id (kernfs), as bpf_get_current_ancestor_cgroup_id gives it; so is its inode number on 64-bit
+ * machines, where a sandbox forbids name_to_handle_at.
+ */
 static Napi::Value CgroupId(Info info) {
 	std::string path = TextArgument(info, 0, "path");
 	struct {
@@ -232,9 +247,14 @@ static Napi::Value CgroupId(Info info) {
 	} handle{};
 	handle.header.handle_bytes = sizeof(handle.room);
 	int mount_id;
-	Checked(info.Env(), "name_to_handle_at", path, [&] { return ::name_to_handle_at(AT_FDCWD, path.c_str(), &handle.header, &mount_id, 0); });
 	uint64_t id = 0;
-	memcpy(&id, handle.header.f_handle, sizeof(id));
+	if (!name_to_handle_at(AT_FDCWD, path.c_str(), &handle.header, &mount_id, 0) && handle.header.handle_bytes == sizeof(id)) {
+		memcpy(&id, handle.header.f_handle, sizeof(id));
+	} else {
+		struct stat status;
+		Checked(info.Env(), "stat", path, [&] { return stat(path.c_str(), &status); });
+		id = status.st_ino;
+	}
 	return Napi::BigInt::New(info.Env(), id);
 }
 

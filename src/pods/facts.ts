@@ -56,19 +56,28 @@ function openNetns(spec: PodSpec, file: string): NetNs {
 	}
 }
 
-/** The host's own connections must never be captured: kubelet, the runtime and the proxy itself live there. */
+/**
+The host's own connections must never be captured: kubelet, the runtime and node proxies live there. The host's namespace is that of process 1; where the
+kernel lets nobody look at process 1, it is the one the agent itself lives in, as it does with hostNetwork.
+*/
 function refuseHost(spec: PodSpec, netns: NetNs, proc: string): void {
-	let host: NetNs;
-	try {
-		host = native.openNetns(path.join(proc, '1/ns/net'));
-	} catch (error) {
-		throw new PodError(spec.name, `cannot tell its namespace from the host's (${reasonOf(error)}): give the host's /proc by --proc, and CAP_SYS_PTRACE`, {cause: error});
-	}
+	for (const pid of ['1', 'self']) {
+		let host: NetNs;
+		try {
+			host = native.openNetns(path.join(proc, pid, 'ns/net'));
+		} catch (error) {
+			if (pid === '1' && hasErrno(error, 'EACCES', 'EPERM')) {
+				continue;
+			}
 
-	const same = host.inode === netns.inode && host.device === netns.device;
-	host.close();
-	if (same) {
-		throw new PodError(spec.name, 'its network namespace is the host\'s own, which is never captured: pods with hostNetwork cannot be enrolled');
+			throw new PodError(spec.name, `cannot tell its namespace from the host's (${reasonOf(error)}): give the host's /proc by --proc`, {cause: error});
+		}
+
+		const same = host.inode === netns.inode && host.device === netns.device;
+		host.close();
+		if (same) {
+			throw new PodError(spec.name, 'its network namespace is the host\'s own, which is never captured: pods with hostNetwork cannot be enrolled');
+		}
 	}
 }
 
