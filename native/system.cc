@@ -32,14 +32,14 @@ static Napi::Value OpenObject(Info info) {
 
 /*
  * BPF_OBJ_GET and BPF_OBJ_GET_INFO_BY_FD take any kind, and a program's info read as a map's looks like one. The fd's name in /proc tells
- * the kind (bpf_map_new_fd, bpf_prog_new_fd, bpf_link_prime).
+ * the kind: anon_inode:bpf-map, bpf-prog, and for links bpf-link or, from the call that made it, bpf_link.
  */
 static int OpenPinned(Info info, std::string& path, const char* kind) {
 	path = TextArgument(info, 0, "path");
 	int fd = bpf_obj_get(path.c_str());
 	CheckErrno(info.Env(), fd, errno, "bpf(BPF_OBJ_GET)", path);
 	char name[64] = {};
-	if (readlink(("/proc/self/fd/" + std::to_string(fd)).c_str(), name, sizeof(name) - 1) > 0 && strcmp(name, kind)) {
+	if (readlink(("/proc/self/fd/" + std::to_string(fd)).c_str(), name, sizeof(name) - 1) > 0 && !strstr(name, kind)) {
 		close(fd);
 		ThrowErrno(info.Env(), EINVAL, "bpf(BPF_OBJ_GET)", path);
 	}
@@ -48,19 +48,19 @@ static int OpenPinned(Info info, std::string& path, const char* kind) {
 
 static Napi::Value OpenPinnedMap(Info info) {
 	std::string path;
-	int fd = OpenPinned(info, path, "anon_inode:bpf-map");
+	int fd = OpenPinned(info, path, "-map");
 	return Map::Wrap(info.Env(), fd, path);
 }
 
 static Napi::Value OpenPinnedProgram(Info info) {
 	std::string path;
-	int fd = OpenPinned(info, path, "anon_inode:bpf-prog");
+	int fd = OpenPinned(info, path, "-prog");
 	return Program::Wrap(info.Env(), fd, -1, path);
 }
 
 static Napi::Value OpenPinnedLink(Info info) {
 	std::string path;
-	int fd = OpenPinned(info, path, "anon_inode:bpf_link");
+	int fd = OpenPinned(info, path, "link");
 	return Link::Wrap(info.Env(), fd, path);
 }
 

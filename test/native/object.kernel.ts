@@ -1,4 +1,4 @@
-import {readFileSync, writeFileSync} from 'node:fs';
+import {fstatSync, readFileSync} from 'node:fs';
 import test from 'ava';
 import {native} from '../../src/native.js';
 import {bpffs, fixture, held, kernelError, loaded, mapOf, opened, readU32, u32, u64} from './helpers.js';
@@ -147,7 +147,7 @@ test('a closed object refuses everything but close', t => {
 test('what is no ELF file, or not there, is told by its name', t => {
 	t.regex(kernelError(t, 'ENOENT', () => native.openObject('/nonexistent/x.o')).message, /\/nonexistent\/x\.o: ENOENT/);
 	const error = t.throws(() => native.openObject(new Uint8Array(100), 'zeros'));
-	t.regex(error!.message, /zeros: E/);
+	t.is(error!.message, 'bpf_object__open zeros: LIBBPF_ERRNO__FORMAT: BPF object format invalid');
 	t.throws(() => native.openObject(7 as never), {instanceOf: TypeError});
 	const directory = bpffs(t);
 	t.throws(() => native.openObject(directory));
@@ -170,7 +170,5 @@ test('a handle cannot be made from JS', t => {
 	const runs = mapOf(t, loaded(t, 'small'), 'runs');
 	const Constructor = runs.constructor as new (...given: unknown[]) => unknown;
 	t.throws(() => new Constructor(0, 'stdin'), {instanceOf: TypeError, message: 'Illegal constructor'});
-	t.notThrows(() => {
-		writeFileSync('/proc/self/fd/2', '');
-	});
+	t.notThrows(() => fstatSync(0));
 });

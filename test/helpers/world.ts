@@ -1,0 +1,331 @@
+/**
+A private world for one test: network namespaces that a bridge connects, a cgroup, a bpffs. The host's own namespace is never changed. Everything goes
+with the test, whatever happens to it; what a killed test run left behind goes with the next one.
+*/
+import {existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, rmdirSync, writeFileSync} from 'node:fs';
+import {tmpdir} from 'node:os';
+import path from 'node:path';
+import {fileURLToPath} from 'node:url';
+import type {ExecutionContext} from 'ava';
+import {findCgroup2} from '../../src/loader/host.js';
+import {native} from '../../src/native.js';
+import {Running, eventually, must, run, type Result} from './process.js';
+
+const ROOT = fileURLToPath(new URL('../../../', import.meta.url));
+const PREFIX = 'sst';
+const BIN = path.join(ROOT, 'build/test');
+export const CLI = path.join(ROOT, 'dist/src/cli/main.js');
+export const ENVOY = path.join(ROOT, '.cache/envoy/envoy');
+
+export interface ClientResult {
+	readonly to: string;
+	readonly outcome: string;
+	readonly stage: string;
+	readonly local: string;
+	readonly peer: string;
+	readonly original_dst: {readonly ip: string; readonly ipv6: string};
+	readonly hello: {readonly server: string; readonly peer: string} | null;
+	readonly echo: boolean;
+	readonly connect_us: number;
+}
+
+export interface ManyResult {
+	readonly ok: number;
+	readonly failed: number;
+	readonly wrong_peer: number;
+	readonly errors: Readonly<Record<string, number>>;
+}
+
+export interface ProxyLine {
+	readonly peer: string;
+	readonly local: string;
+	readonly original_dst: string | null;
+	readonly answers: ReadonlyArray<{readonly level: string; readonly length: number; readonly result: string; readonly returned?: number; readonly bytes?: string}>;
+}
+
+export interface As {
+	readonly uid?: number;
+	readonly gid?: number;
+	readonly cgroup?: string;
+}
+
+let worlds = 0;
+
+export class World {
+	readonly id = `${PREFIX}-${process.pid}-${++worlds}`;
+	readonly directory: string;
+	readonly bpffs: string;
+	readonly cgroup: string;
+	readonly #undo: Array<() => void | Promise<void>> = [];
+	#pods = 0;
+
+	private constructor(readonly t: ExecutionContext) {
+		if (process.getuid?.() !== 0) {
+			throw new Error('kernel tests need root: run them as root');
+		}
+
+		sweep();
+		this.directory = mkdtempSync(path.join(tmpdir(), `${this.id}-`));
+		this.bpffs = path.join(this.directory, 'bpf');
+		this.cgroup = path.join(findCgroup2()!, this.id);
+	}
+
+	static create(t: ExecutionContext): World {
+		const world = new World(t);
+		const clean = async () => world.#clean();
+		t.teardown(clean);
+		world.#undo.push(() => {
+			rmSync(world.directory, {recursive: true, force: true});
+		});
+		mkdirSync(world.bpffs);
+		native.mountBpffs(world.bpffs);
+		world.#undo.push(() => {
+			native.unmount(world.bpffs);
+		});
+		mkdirSync(world.cgroup);
+		world.#undo.push(async () => removeCgroup(world.cgroup));
+		world.#node();
+		return world;
+	}
+
+	onEnd(undo: () => void | Promise<void>): void {
+		this.#undo.push(undo);
+	}
+
+	/** A directory below the world's cgroup. */
+	subCgroup(name: string): string {
+		const directory = path.join(this.cgroup, name);
+		mkdirSync(directory);
+		this.#undo.push(async () => removeCgroup(directory));
+		return directory;
+	}
+
+	/** A namespace with eth0 on the bridge: 10.77.0.N and fd77::N, further addresses by `more`. */
+	pod(name: string, options: {readonly more?: readonly string[]; readonly ipv4?: boolean; readonly ipv6?: boolean} = {}): Pod {
+		const number = ++this.#pods + 1;
+		const netns = `${this.id}-${name}`;
+		this.#netns(netns);
+		must('ip', 'link', 'add', 'eth0', 'netns', netns, 'type', 'veth', 'peer', 'name', `v${number}`, 'netns', `${this.id}-node`);
+		must('ip', '-n', `${this.id}-node`, 'link', 'set', `v${number}`, 'master', 'br0', 'up');
+		const ipv4 = options.ipv4 === false ? '' : `10.77.0.${number}`;
+		const ipv6 = options.ipv6 === false ? '' : `fd77::${number.toString(16)}`;
+		for (const address of [ipv4, ipv6, ...options.more ?? []].filter(Boolean)) {
+			must('ip', '-n', netns, 'addr', 'add', address.includes(':') ? `${address}/64` : `${address}/24`, 'dev', 'eth0', ...(address.includes(':') ? ['nodad'] : []));
+		}
+
+		must('ip', '-n', netns, 'link', 'set', 'eth0', 'up');
+		if (ipv4) {
+			must('ip', '-n', netns, 'route', 'add', 'default', 'via', '10.77.0.1');
+		}
+
+		if (ipv6) {
+			must('ip', '-n', netns, '-6', 'route', 'add', 'default', 'via', 'fd77::1');
+		}
+
+		return new Pod(this, name, netns, ipv4, ipv6);
+	}
+
+	/** `sidestep …`, to its end. */
+	sidestep(...args: readonly string[]): Result {
+		return run(process.execPath, [CLI, ...args, ...(args[0] === 'run' || args.includes('--bpffs') ? [] : ['--bpffs', this.bpffs])]);
+	}
+
+	json<T>(...args: readonly string[]): T {
+		const {code, stdout, stderr} = this.sidestep(...args, '-o', 'json');
+		if (code !== 0) {
+			throw new Error(`sidestep ${args.join(' ')}: ${stderr}`);
+		}
+
+		return JSON.parse(stdout) as T;
+	}
+
+	get podsFile(): string {
+		return path.join(this.directory, 'pods.yaml');
+	}
+
+	/** Replaces the pods file; JSON is YAML. */
+	writePods(pods: readonly object[]): void {
+		writeFileSync(this.podsFile, JSON.stringify({pods}));
+	}
+
+	/** `sidestep run` on the world's cgroup and bpffs, ready. */
+	async agent(pods: readonly object[], extra: readonly string[] = []): Promise<Agent> {
+		this.writePods(pods);
+		const agent = this.startAgent(extra);
+		await agent.ready();
+		return agent;
+	}
+
+	startAgent(extra: readonly string[] = []): Agent {
+		const running = Running.start(path.join(BIN, 'in'), ['--cgroup', this.cgroup, '--', process.execPath, CLI, 'run', '--pods-file', this.podsFile, '--bpffs', this.bpffs, '--cgroup', this.cgroup, '--metrics-address', '127.0.0.1:0', ...extra]);
+		this.#undo.push(async () => {
+			await running.stop('SIGKILL');
+		});
+		return new Agent(running);
+	}
+
+	#node(): void {
+		const node = `${this.id}-node`;
+		this.#netns(node);
+		must('ip', '-n', node, 'link', 'add', 'br0', 'type', 'bridge');
+		must('ip', '-n', node, 'addr', 'add', '10.77.0.1/24', 'dev', 'br0');
+		must('ip', '-n', node, 'addr', 'add', 'fd77::1/64', 'dev', 'br0', 'nodad');
+		must('ip', '-n', node, 'link', 'set', 'br0', 'up');
+	}
+
+	#netns(name: string): void {
+		must('ip', 'netns', 'add', name);
+		this.#undo.push(() => {
+			must('ip', 'netns', 'del', name);
+		});
+		must('ip', '-n', name, 'link', 'set', 'lo', 'up');
+	}
+
+	async #clean(): Promise<void> {
+		const problems: unknown[] = [];
+		for (const undo of this.#undo.splice(0).reverse()) {
+			try {
+				await undo();
+			} catch (error) {
+				problems.push(error);
+			}
+		}
+
+		if (problems.length > 0) {
+			throw new AggregateError(problems, `the world ${this.id} was not cleaned up`);
+		}
+	}
+}
+
+export class Agent {
+	constructor(readonly running: Running) {}
+
+	get port(): number {
+		return Number(/metrics at port (\d+)/.exec(this.running.stderr)?.[1]);
+	}
+
+	async get(page: string): Promise<{status: number; body: string}> {
+		const response = await fetch(`http://127.0.0.1:${this.port}${page}`);
+		return {status: response.status, body: await response.text()};
+	}
+
+	async ready(): Promise<void> {
+		await this.running.until('metrics are served', () => this.port > 0);
+		await eventually(`readyz\n${this.running.stderr}`, async () => (await this.get('/readyz')).status === 200);
+	}
+
+	/** Until a line of the log, beyond `from` characters, matches. */
+	async says(pattern: RegExp, from = 0): Promise<void> {
+		await this.running.until(`log line ${String(pattern)}`, () => pattern.test(this.running.stderr.slice(from)));
+	}
+}
+
+export class Pod {
+	constructor(readonly world: World, readonly name: string, readonly netnsName: string, readonly ipv4: string, readonly ipv6: string) {}
+
+	get netns(): string {
+		return `/run/netns/${this.netnsName}`;
+	}
+
+	/** Command line that runs something in the pod, and in the world's cgroup. */
+	command(command: readonly string[], as: As = {}): readonly [string, readonly string[]] {
+		return [path.join(BIN, 'in'), [
+			'--cgroup', as.cgroup ?? this.world.cgroup,
+			'--netns', this.netns,
+			...(as.uid === undefined ? [] : ['--uid', String(as.uid)]),
+			...(as.gid === undefined ? [] : ['--gid', String(as.gid)]),
+			'--', ...command,
+		]];
+	}
+
+	run(command: readonly string[], as?: As): Result {
+		return run(...this.command(command, as));
+	}
+
+	must(...command: readonly string[]): string {
+		const [file, args] = this.command(command);
+		return must(file, ...args);
+	}
+
+	start(command: readonly string[], as?: As): Running {
+		const running = Running.start(...this.command(command, as));
+		this.world.onEnd(async () => {
+			await running.stop('SIGKILL');
+		});
+		return running;
+	}
+
+	async server(...addresses: readonly string[]): Promise<Running> {
+		return this.#ready([path.join(BIN, 'server'), ...addresses]);
+	}
+
+	async proxy(options: readonly string[], as?: As): Promise<Running> {
+		return this.#ready([path.join(BIN, 'proxy'), ...options], as);
+	}
+
+	client(to: string, options: readonly string[] = [], as?: As): ClientResult {
+		const {stdout, stderr} = this.run([path.join(BIN, 'client'), '--to', to, ...options], as);
+		if (!stdout) {
+			throw new Error(`client ${to} ${options.join(' ')}: ${stderr}`);
+		}
+
+		return JSON.parse(stdout) as ClientResult;
+	}
+
+	startClients(to: readonly string[], options: readonly string[], as?: As): Running {
+		return this.start([path.join(BIN, 'client'), ...to.flatMap(address => ['--to', address]), ...options], as);
+	}
+
+	async clients(to: readonly string[], options: readonly string[], as?: As): Promise<ManyResult> {
+		const running = this.startClients(to, options, as);
+		await running.ended;
+		const last = running.lines<ManyResult>().at(-1);
+		if (!last) {
+			throw new Error(`no result: ${running.stderr}`);
+		}
+
+		return last;
+	}
+
+	async #ready(command: readonly string[], as?: As): Promise<Running> {
+		const running = this.start(command, as);
+		await running.until('ready', () => running.stdout.includes('"ready":true'));
+		return running;
+	}
+}
+
+/** Processes that were killed leave their cgroup a moment later. */
+async function removeCgroup(directory: string): Promise<void> {
+	for (const pid of readFileSync(path.join(directory, 'cgroup.procs'), 'utf8').split('\n').filter(Boolean)) {
+		try {
+			process.kill(Number(pid), 'SIGKILL');
+		} catch {}
+	}
+
+	await eventually(`${directory} is empty`, () => readFileSync(path.join(directory, 'cgroup.procs'), 'utf8').trim() === '');
+	rmdirSync(directory);
+}
+
+/** Takes away what test runs left behind that were killed: names carry the pid. */
+function sweep(): void {
+	const isStale = (name: string) => {
+		const pid = new RegExp(`^${PREFIX}-(\\d+)-`).exec(name)?.[1];
+		return pid !== undefined && !existsSync(`/proc/${pid}`);
+	};
+
+	for (const name of existsSync('/run/netns') ? readdirSync('/run/netns').filter(isStale) : []) {
+		run('ip', ['netns', 'del', name]);
+	}
+
+	for (const name of readdirSync(tmpdir()).filter(isStale)) {
+		run('umount', ['-l', path.join(tmpdir(), name, 'bpf')]);
+		rmSync(path.join(tmpdir(), name), {recursive: true, force: true});
+	}
+
+	const cgroups = findCgroup2();
+	for (const name of cgroups ? readdirSync(cgroups).filter(isStale) : []) {
+		for (const inner of [...readdirSync(path.join(cgroups!, name)), '']) {
+			run('rmdir', [path.join(cgroups!, name, inner)]);
+		}
+	}
+}

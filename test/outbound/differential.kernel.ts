@@ -1,0 +1,219 @@
+/**
+The same client action in two sibling pods, one under real iptables, one under sidestep: the application, the proxy and the peer have to see the same.
+*/
+import test from 'ava';
+import {PROXY_GID, PROXY_MARK, PROXY_PORT, PROXY_UID, captureByIptables, captureBySidestep} from '../helpers/capture.js';
+import {eventually, type Running} from '../helpers/process.js';
+import {World, type As, type ClientResult, type Pod, type ProxyLine} from '../helpers/world.js';
+
+interface Case {
+	readonly title: string;
+	/** `FAR4`, `FAR6`, `OWN4`, `OWN6` stand for the pods' addresses. */
+	readonly to: string;
+	readonly options?: readonly string[];
+	readonly as?: As;
+	/** What iptables gives, as a check that the case tests what it says: relayed by the proxy, direct, or an error. */
+	readonly expect: 'relayed' | 'direct' | 'fails';
+	/** A difference that the README names: what sidestep gives instead. */
+	readonly differs?: string;
+}
+
+const CASES: readonly Case[] = [
+	{title: 'IPv4', to: 'FAR4:8080', expect: 'relayed'},
+	{title: 'IPv6', to: '[FAR6]:8080', expect: 'relayed'},
+	{title: 'IPv4 from an IPv6 socket', to: 'FAR4:8080', options: ['--family', 'mapped'], expect: 'relayed'},
+	{title: 'non-blocking connect, IPv4', to: 'FAR4:8080', options: ['--nonblock'], expect: 'relayed'},
+	{title: 'non-blocking connect, IPv6', to: '[FAR6]:8080', options: ['--nonblock'], expect: 'relayed'},
+	{title: 'Fast Open by sendto', to: 'FAR4:8080', options: ['--tfo', 'sendto'], expect: 'relayed'},
+	{title: 'Fast Open by sendto, IPv6', to: '[FAR6]:8080', options: ['--tfo', 'sendto'], expect: 'relayed'},
+	{title: 'Fast Open by connect', to: 'FAR4:8080', options: ['--tfo', 'connect'], expect: 'relayed'},
+	{title: 'Fast Open by connect, IPv6', to: '[FAR6]:8080', options: ['--tfo', 'connect'], expect: 'relayed'},
+	{title: 'bound source address', to: 'FAR4:8080', options: ['--bind', 'OWN4:0'], expect: 'relayed'},
+	{title: 'bound source address, IPv6', to: '[FAR6]:8080', options: ['--bind', '[OWN6]:0'], expect: 'relayed'},
+	{title: 'bound source address and port', to: 'FAR4:8080', options: ['--bind', 'OWN4:40123'], expect: 'relayed'},
+	{title: 'bound source port only', to: 'FAR4:8080', options: ['--bind', '0.0.0.0:40124'], expect: 'relayed'},
+	{title: 'source bound to 127.0.0.1', to: 'FAR4:8080', options: ['--bind', '127.0.0.1:0'], expect: 'relayed'},
+	{title: 'SO_BINDTODEVICE eth0', to: 'FAR4:8080', options: ['--device', 'eth0'], expect: 'relayed'},
+	{title: 'SO_BINDTODEVICE eth0, IPv6', to: '[FAR6]:8080', options: ['--device', 'eth0'], expect: 'relayed'},
+	{title: 'nobody at the destination: the proxy still accepts', to: 'FAR4:9', expect: 'fails'},
+	{title: 'a neighbour that does not exist', to: '10.77.0.250:80', expect: 'fails'},
+	{title: 'exempt mark', to: 'FAR4:8080', options: ['--mark', String(PROXY_MARK)], expect: 'direct'},
+	{title: 'exempt mark with other bits outside the mask', to: 'FAR4:8080', options: ['--mark', String(PROXY_MARK + 0x1000)], expect: 'direct'},
+	{title: 'another mark', to: 'FAR4:8080', options: ['--mark', '1'], expect: 'relayed'},
+	{title: 'exempt uid', to: 'FAR4:8080', as: {uid: PROXY_UID}, expect: 'direct'},
+	{title: 'exempt uid, IPv6', to: '[FAR6]:8080', as: {uid: PROXY_UID}, expect: 'direct'},
+	{title: 'exempt gid', to: 'FAR4:8080', as: {gid: PROXY_GID}, expect: 'direct'},
+	{title: 'another uid and gid', to: 'FAR4:8080', as: {uid: 1000, gid: 1000}, expect: 'relayed'},
+	{title: 'loopback', to: '127.0.0.1:8081', expect: 'direct'},
+	{title: 'loopback elsewhere in 127/8', to: '127.9.9.9:8081', expect: 'direct'},
+	{title: 'loopback, IPv6', to: '[::1]:8081', expect: 'direct'},
+	{title: 'loopback from an IPv6 socket', to: '127.0.0.1:8081', options: ['--family', 'mapped'], expect: 'direct'},
+	{title: 'the unspecified address', to: '0.0.0.0:8081', expect: 'direct'},
+	{title: 'the unspecified address, IPv6', to: '[::]:8081', expect: 'direct'},
+	{title: 'the pod\'s own address', to: 'OWN4:8081', expect: 'direct'},
+	{title: 'the pod\'s own address, IPv6', to: '[OWN6]:8081', expect: 'direct'},
+	{title: 'the pod\'s own address from an IPv6 socket', to: 'OWN4:8081', options: ['--family', 'mapped'], expect: 'direct'},
+	{title: 'multicast', to: '224.0.0.1:80', expect: 'fails'},
+	{title: 'limited broadcast', to: '255.255.255.255:80', expect: 'fails'},
+	{title: 'the subnet\'s broadcast address', to: '10.77.0.255:80', expect: 'fails'},
+	{title: 'MPTCP', to: 'FAR4:8080', options: ['--mptcp'], expect: 'relayed', differs: 'getpeername gives the proxy'},
+];
+
+interface Side {
+	readonly pod: Pod;
+	readonly proxy: Running;
+}
+
+/** What one side saw, with the pod's own address and random ports replaced. */
+function view({pod}: Side, result: ClientResult, lines: readonly ProxyLine[]) {
+	const plain = (text: string) => text
+		.replaceAll(pod.ipv4, 'OWN4').replaceAll(new RegExp(`${pod.ipv6}(?![0-9a-f])`, 'g'), 'OWN6')
+		.replaceAll(/(127\.0\.0\.1|OWN4|OWN6\]|::1\]|0\.0\.0\.0|::\]):(?:3[2-9]|4[1-9]|5|6)\d{3,4}\b/g, '$1:RANDOM');
+	return {
+		client: {
+			outcome: result.outcome, stage: result.stage, echo: result.echo, peer: plain(result.peer), local: plain(result.local),
+			server: plain(result.hello?.server ?? ''), serverPeer: plain(result.hello?.peer ?? ''),
+		},
+		// Not the local address: 127.0.0.1 under REDIRECT, the pod's own under sidestep. README says so.
+		proxy: lines.map(({peer, original_dst, answers}) => ({peer: plain(peer), original_dst: plain(original_dst ?? ''), answers})),
+	};
+}
+
+test('under sidestep everyone sees what they see under iptables', async t => {
+	t.timeout(120_000);
+	const world = World.create(t);
+	const far = world.pod('far');
+	const theirs = world.pod('iptables');
+	const ours = world.pod('sidestep');
+	await far.server(`${far.ipv4}:8080`, `[${far.ipv6}]:8080`);
+	const sides: Side[] = [];
+	for (const pod of [theirs, ours]) {
+		// Fast Open sends data with the SYN only once it has a cookie; 0x1 client, 0x2 server.
+		await pod.server('0.0.0.0:8081', '[::1]:8081', `[${pod.ipv6}]:8081`);
+		sides.push({pod, proxy: await pod.proxy(['--listen', `[::]:${PROXY_PORT}`, '--mark', String(PROXY_MARK)])});
+	}
+
+	captureByIptables(theirs);
+	await captureBySidestep(ours);
+
+	for (const {title, to, options = [], as, expect, differs} of CASES) {
+		const views = [];
+		for (const side of sides) {
+			const fill = (text: string) => text.replaceAll('FAR4', far.ipv4).replaceAll('FAR6', far.ipv6).replaceAll('OWN4', side.pod.ipv4).replaceAll('OWN6', side.pod.ipv6);
+			const before = side.proxy.lines().length;
+			const result = side.pod.client(fill(to), [...options.map(fill), '--timeout', '1500'], as);
+			const relayed = expect === 'relayed' || (expect === 'fails' && !/^(22|25|10\.77\.0\.255)/.test(to));
+			if (relayed) {
+				await eventually(`${title}: the proxy of ${side.pod.name} reports ${JSON.stringify(result)}`, () => side.proxy.lines().length > before, 3000).catch(() => {});
+			}
+
+			views.push(view(side, result, side.proxy.lines<ProxyLine>().slice(before)));
+		}
+
+		const [reference, mine] = views;
+		t.is(reference!.proxy.length, expect === 'direct' || /^(22|25|10\.77\.0\.255)/.test(to) ? 0 : 1, `${title}: iptables did not do what the case is about: ${JSON.stringify(reference)}`);
+		t.is(reference!.client.outcome === 'ok', expect !== 'fails', `${title}: ${JSON.stringify(reference)}`);
+		if (differs === undefined) {
+			t.deepEqual(mine, reference, title);
+		} else {
+			t.deepEqual({...mine!.client, peer: ''}, {...reference!.client, peer: ''}, title);
+			t.deepEqual(mine!.proxy, reference!.proxy, title);
+		}
+	}
+});
+
+test('with no proxy a captured connection is refused, at once and in both ways of connecting, as under iptables', async t => {
+	const world = World.create(t);
+	const far = world.pod('far');
+	const theirs = world.pod('iptables');
+	const ours = world.pod('sidestep');
+	await far.server(`${far.ipv4}:8080`, `[${far.ipv6}]:8080`);
+	captureByIptables(theirs);
+	await captureBySidestep(ours);
+	for (const pod of [theirs, ours]) {
+		for (const to of [`${far.ipv4}:8080`, `[${far.ipv6}]:8080`]) {
+			for (const options of [[], ['--nonblock']]) {
+				t.is(pod.client(to, options).outcome, 'ECONNREFUSED', `${pod.name} ${to} ${options.join('')}`);
+			}
+		}
+	}
+
+	const [{failed}] = world.json<[{failed: number}]>('pods');
+	t.is(failed, 4);
+	t.deepEqual(world.json('map', 'dump', 'handshakes'), [], 'nothing waits for a proxy that never came');
+});
+
+test('a pod without IPv6 gets ENETUNREACH for IPv6, as it does without capture', async t => {
+	const world = World.create(t);
+	const far = world.pod('far');
+	const pod = world.pod('four', {ipv6: false});
+	await far.server(`[${far.ipv6}]:8080`);
+	t.is(pod.client(`[${far.ipv6}]:8080`).outcome, 'ENETUNREACH');
+	await captureBySidestep(pod);
+	t.is(pod.client(`[${far.ipv6}]:8080`).outcome, 'ENETUNREACH');
+	const [{refused}] = world.json<[{refused: number}]>('pods');
+	t.is(refused, 1);
+});
+
+test('a proxy that listens on loopback only still sees the pod as its peer', async t => {
+	const world = World.create(t);
+	const far = world.pod('far');
+	const pod = world.pod('pod');
+	await far.server(`${far.ipv4}:8080`, `[${far.ipv6}]:8080`);
+	const proxy = await pod.proxy(['--listen', `127.0.0.1:${PROXY_PORT}`, '--listen', `[::1]:${PROXY_PORT}`, '--mark', String(PROXY_MARK), '--brief']);
+	await world.agent([{name: 'test/pod', netns: pod.netns, proxy: {port: PROXY_PORT, addresses: ['127.0.0.1', '::1']}, exempt: {marks: ['0x539']}}]);
+	t.is(pod.client(`${far.ipv4}:8080`).outcome, 'ok');
+	t.is(pod.client(`[${far.ipv6}]:8080`).outcome, 'ok');
+	t.is(pod.client(`${far.ipv4}:8080`, ['--family', 'mapped']).outcome, 'ok');
+	const peers = proxy.lines<ProxyLine>().filter(line => line.peer).map(({peer}) => peer.replace(/:\d+$/, ''));
+	t.deepEqual(peers, [pod.ipv4, `[${pod.ipv6}]`, pod.ipv4]);
+});
+
+test('a proxy in another namespace learns client and original destination', async t => {
+	const world = World.create(t);
+	const far = world.pod('far');
+	const pod = world.pod('pod');
+	const proxyPod = world.pod('proxy');
+	await far.server(`${far.ipv4}:8080`);
+	const proxy = await proxyPod.proxy(['--listen', `${proxyPod.ipv4}:${PROXY_PORT}`, '--brief']);
+	await world.agent([{name: 'test/pod', netns: pod.netns, proxy: {port: PROXY_PORT, addresses: [proxyPod.ipv4]}}]);
+	const result = pod.client(`${far.ipv4}:8080`);
+	t.is(result.outcome, 'ok');
+	t.is(result.peer, `${far.ipv4}:8080`);
+	const [line] = proxy.lines<ProxyLine>().filter(({peer}) => peer);
+	t.is(line!.original_dst, `${far.ipv4}:8080`);
+	t.is(line!.peer, result.local);
+	// Only an IPv4 proxy was named: IPv6 is refused, not passed.
+	t.is(pod.client(`[${far.ipv6}]:8080`).outcome, 'ENETUNREACH');
+});
+
+test('a process in an exempt cgroup, or below it, is left alone', async t => {
+	const world = World.create(t);
+	const far = world.pod('far');
+	const pod = world.pod('pod');
+	const exempt = world.subCgroup('proxy');
+	const below = world.subCgroup('proxy/worker');
+	const other = world.subCgroup('other');
+	await far.server(`${far.ipv4}:8080`);
+	await world.agent([{name: 'test/pod', netns: pod.netns, proxy: {port: PROXY_PORT}, exempt: {cgroups: [exempt]}}]);
+	t.is(pod.client(`${far.ipv4}:8080`, [], {cgroup: exempt}).outcome, 'ok');
+	t.is(pod.client(`${far.ipv4}:8080`, [], {cgroup: below}).outcome, 'ok');
+	t.is(pod.client(`${far.ipv4}:8080`, [], {cgroup: other}).outcome, 'ECONNREFUSED');
+	const [{reasons}] = world.json<[{reasons: Record<string, number>}]>('pods');
+	t.is(reasons['bypass_cgroup'], 2);
+	t.is(reasons['redirected'], 1);
+});
+
+test('200 connections at once go through the proxy, to the right place', async t => {
+	const world = World.create(t);
+	const far = world.pod('far', {more: ['10.77.0.170']});
+	const pod = world.pod('pod');
+	const destinations = [`${far.ipv4}:8080`, `[${far.ipv6}]:8080`, '10.77.0.170:8081'];
+	await far.server(...destinations);
+	await pod.proxy(['--listen', `[::]:${PROXY_PORT}`, '--mark', String(PROXY_MARK), '--brief']);
+	await captureBySidestep(pod);
+	const result = await pod.clients(destinations, ['--count', '600', '--parallel', '200']);
+	t.like(result, {ok: 600, failed: 0, wrong_peer: 0});
+	const [{accepted}] = world.json<[{accepted: number}]>('pods');
+	t.is(accepted, 600);
+});
