@@ -38,7 +38,7 @@ enum reason {
 	/* Refused here, because it was to be captured and could not be. */
 	REASON_REFUSED_NO_PROXY,       /* no proxy address in the destination's family */
 	REASON_REFUSED_NO_MEMORY,      /* the original destination could not be kept with the socket */
-	REASON_REFUSED_SOURCE,         /* the pod's address could not be bound */
+	REASON_REFUSED_SOURCE,         /* bound to 127/8, from where nothing leaves the pod; or the pod's address could not be bound */
 
 	/* Of those redirected: what happened next. */
 	REASON_ACCEPTED,               /* reached the proxy's socket together with its original destination */

@@ -108,6 +108,12 @@ static __always_inline int capture(struct bpf_sock_addr *ctx, const struct addre
 		return refuse(ENETUNREACH);
 	}
 
+	/* As the stack says when it looks for a route out of the pod; sent to the proxy, it would never look. */
+	if (ipv4 && (ctx->sk->src_ip4 & bpf_htonl(0xff000000)) == bpf_htonl(0x7f000000)) {
+		count(netns, REASON_REFUSED_SOURCE);
+		return refuse(EINVAL);
+	}
+
 	original = bpf_sk_storage_get(&original_dsts, ctx->sk, NULL, BPF_SK_STORAGE_GET_F_CREATE);
 	if (!original) {
 		count(netns, REASON_REFUSED_NO_MEMORY);

@@ -18,15 +18,20 @@ void FdHandle::Release() { close(fd_); }
 Napi::Object FdHandle::Adopt(Napi::Env env, Napi::FunctionReference Instance::*kind, Adoption adoption) {
 	Instance& instance = Instance::Of(env);
 	instance.adoption = std::move(adoption);
-	try {
-		return (instance.*kind).New({});
-	} catch (...) {
-		if (instance.adoption.fd >= 0) {
-			close(instance.adoption.fd);
-			instance.adoption = {};
+	/*
+	 * On every way out, not on an exception only: in a worker that is being terminated the constructor can fail without one, as nothing can
+	 * be thrown into JS any more (NODE_API_SWALLOW_UNTHROWABLE_EXCEPTIONS).
+	 */
+	struct Unclaimed {
+		Adoption& adoption;
+		~Unclaimed() {
+			if (adoption.fd >= 0) {
+				close(adoption.fd);
+				adoption = {};
+			}
 		}
-		throw;
-	}
+	} unclaimed{instance.adoption};
+	return (instance.*kind).New({});
 }
 
 Adoption FdHandle::Take(Napi::Env env) {

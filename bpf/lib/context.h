@@ -30,6 +30,7 @@
 #define ENETUNREACH 101
 #define ECONNREFUSED 111
 #define ENOMEM 12
+#define EINVAL 22
 #define EADDRNOTAVAIL 99
 
 /* include/net/sock.h, uapi/linux/in.h and in6.h. */

@@ -2,7 +2,7 @@
 A private world for one test: network namespaces that a bridge connects, a cgroup, a bpffs. The host's own namespace is never changed. Everything goes
 with the test, whatever happens to it; what a killed test run left behind goes with the next one.
 */
-import {existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, rmdirSync, writeFileSync} from 'node:fs';
+import {chmodSync, existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, rmdirSync, writeFileSync} from 'node:fs';
 import {tmpdir} from 'node:os';
 import path from 'node:path';
 import {fileURLToPath} from 'node:url';
@@ -66,6 +66,8 @@ export class World {
 
 		sweep();
 		this.directory = mkdtempSync(path.join(tmpdir(), `${this.id}-`));
+		// Proxies read their configuration as another user.
+		chmodSync(this.directory, 0o755);
 		this.bpffs = path.join(this.directory, 'bpf');
 		this.cgroup = path.join(findCgroup2()!, this.id);
 	}
@@ -107,6 +109,8 @@ export class World {
 		this.#netns(netns);
 		must('ip', 'link', 'add', 'eth0', 'netns', netns, 'type', 'veth', 'peer', 'name', `v${number}`, 'netns', `${this.id}-node`);
 		must('ip', '-n', `${this.id}-node`, 'link', 'set', `v${number}`, 'master', 'br0', 'up');
+		// A link-local address would come a second or two later, when its uniqueness is known, and change the pod under the test.
+		must('ip', '-n', netns, 'link', 'set', 'eth0', 'addrgenmode', 'none');
 		const ipv4 = options.ipv4 === false ? '' : `10.77.0.${number}`;
 		const ipv6 = options.ipv6 === false ? '' : `fd77::${number.toString(16)}`;
 		for (const address of [ipv4, ipv6, ...options.more ?? []].filter(Boolean)) {

@@ -1,4 +1,4 @@
-import {mkdirSync, mkdtempSync, readFileSync, readdirSync, rmdirSync} from 'node:fs';
+import {mkdirSync, mkdtempSync, readFileSync, readdirSync, readlinkSync, rmdirSync} from 'node:fs';
 import {tmpdir} from 'node:os';
 import path from 'node:path';
 import {fileURLToPath} from 'node:url';
@@ -112,3 +112,18 @@ export function cgroup(t: ExecutionContext): string {
 let cgroups = 0;
 
 export const openFds = (): number => readdirSync('/proc/self/fd').length;
+
+/** How many fds there are of each kind, e.g. `anon_inode:bpf-map`, `net`, `socket`: says what leaked, not only that something did. */
+export function fdKinds(): Record<string, number> {
+	const kinds: Record<string, number> = {};
+	for (const fd of readdirSync('/proc/self/fd')) {
+		try {
+			const kind = readlinkSync(`/proc/self/fd/${fd}`).replace(/:\[\d+]$/, '');
+			kinds[kind] = (kinds[kind] ?? 0) + 1;
+		} catch {
+			// The one that lists the directory.
+		}
+	}
+
+	return kinds;
+}

@@ -32,7 +32,7 @@ async function until(condition: () => boolean, what: string) {
 	}
 }
 
-test('samples arrive complete and in order', async t => {
+test.serial('samples arrive complete and in order', async t => {
 	const {map, emit} = ring(t);
 	const seen: bigint[] = [];
 	const reader = held(t, native.openRingBuffer(map, sample => {
@@ -47,7 +47,7 @@ test('samples arrive complete and in order', async t => {
 	t.is(reader.received, 6000n);
 });
 
-test('a sample stays what it was after its callback', async t => {
+test.serial('a sample stays what it was after its callback', async t => {
 	const {map, emit} = ring(t);
 	const kept: Uint8Array[] = [];
 	held(t, native.openRingBuffer(map, sample => {
@@ -58,7 +58,7 @@ test('a sample stays what it was after its callback', async t => {
 	t.true(kept.every((sample, index) => readU64(sample) === BigInt(index)));
 });
 
-test('a wake-up is bounded, other work gets its turn, and what is left arrives without a new sample', async t => {
+test.serial('a wake-up is bounded, other work gets its turn, and what is left arrives without a new sample', async t => {
 	const {map, emit} = ring(t);
 	let inThisTurn = 0;
 	let most = 0;
@@ -92,7 +92,7 @@ test('a wake-up is bounded, other work gets its turn, and what is left arrives w
 	t.true(timers >= 10, `${timers} timers`);
 });
 
-test('the default bound is 8192', async t => {
+test.serial('the default bound is 8192', async t => {
 	const {map, emit} = ring(t);
 	let received = 0;
 	emit(20_000);
@@ -110,7 +110,7 @@ test('the default bound is 8192', async t => {
 	t.deepEqual(jumps, [8192, 8192, 3616]);
 });
 
-test('what found no room is lost, and the program counts it', async t => {
+test.serial('what found no room is lost, and the program counts it', async t => {
 	const {map, emit, dropped} = ring(t, 4096);
 	let received = 0;
 	held(t, native.openRingBuffer(map, () => {
@@ -125,7 +125,7 @@ test('what found no room is lost, and the program counts it', async t => {
 	await until(() => received === 265, 'samples after the loss');
 });
 
-test('the callback may close the ring, and is not called again', async t => {
+test.serial('the callback may close the ring, and is not called again', async t => {
 	const {map, emit} = ring(t);
 	let received = 0;
 	const before = native.openHandles();
@@ -148,7 +148,7 @@ test('the callback may close the ring, and is not called again', async t => {
 	});
 });
 
-test('a second reader goes on where a closed one stopped', async t => {
+test.serial('a second reader goes on where a closed one stopped', async t => {
 	const {map, emit} = ring(t);
 	emit(10);
 	const seen: bigint[] = [];
@@ -166,7 +166,7 @@ test('a second reader goes on where a closed one stopped', async t => {
 	t.deepEqual(seen, Array.from({length: 10}, (_, index) => BigInt(index)));
 });
 
-test('wrong arguments are refused and leave nothing open', t => {
+test.serial('wrong arguments are refused and leave nothing open', t => {
 	const {map} = ring(t);
 	const other = mapOf(t, loaded(t, 'small'), 'runs');
 	const before = native.openHandles();
@@ -177,19 +177,19 @@ test('wrong arguments are refused and leave nothing open', t => {
 	t.is(native.openHandles(), before);
 });
 
-test('an exception of the callback is uncaught in the usual way, and the ring goes on', t => {
+test.serial('an exception of the callback is uncaught in the usual way, and the ring goes on', t => {
 	const {status, stdout, stderr} = spawnSync(process.execPath, [child('ring-throws')], {encoding: 'utf8', timeout: 20_000});
 	t.is(status, 0, stderr);
 	t.deepEqual(JSON.parse(stdout), {uncaught: 10, received: '10'});
 });
 
-test('an exception that nobody catches ends the process as any other', t => {
+test.serial('an exception that nobody catches ends the process as any other', t => {
 	const {status, stderr} = spawnSync(process.execPath, [child('ring-throws'), 'fatal'], {encoding: 'utf8', timeout: 20_000});
 	t.is(status, 1, stderr);
 	t.regex(stderr, /Error: sample 0/);
 });
 
-test('a ring keeps the event loop alive, and does not after unref', t => {
+test.serial('a ring keeps the event loop alive, and does not after unref', t => {
 	const ended = spawnSync(process.execPath, [child('ring-unref'), 'unref'], {encoding: 'utf8', timeout: 20_000});
 	t.is(ended.status, 0, ended.stderr);
 	const alive = spawnSync(process.execPath, [child('ring-unref')], {encoding: 'utf8', timeout: 1500});
@@ -197,12 +197,12 @@ test('a ring keeps the event loop alive, and does not after unref', t => {
 	t.is(alive.signal, 'SIGTERM');
 });
 
-test('process.exit() inside the callback ends the process cleanly', t => {
+test.serial('process.exit() inside the callback ends the process cleanly', t => {
 	const {status, signal, stderr} = spawnSync(process.execPath, [child('ring-throws'), 'exit'], {encoding: 'utf8', timeout: 20_000});
 	t.deepEqual([status, signal], [7, null], stderr);
 });
 
-test('100,000 samples are handed over in well under a second', async t => {
+test.serial('100,000 samples are handed over in well under a second', async t => {
 	const {map, emit} = ring(t);
 	let received = 0;
 	held(t, native.openRingBuffer(map, () => {

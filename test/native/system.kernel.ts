@@ -93,7 +93,7 @@ test('socket calls give what the kernel gives, and its errno', t => {
 	native.setsockopt(fd, 1, 36, Uint8Array.of(0x39, 5, 0, 0));
 	t.deepEqual(native.getsockopt(fd, 1, 36, 4), Uint8Array.of(0x39, 5, 0, 0));
 	kernelError(t, 'ENOPROTOOPT', () => native.getsockopt(fd, 1, 9999, 4));
-	kernelError(t, 'ENOTSOCK', () => native.getsockopt(0, 1, 36, 4));
+	kernelError(t, 'ENOTSOCK', () => native.getsockopt(netns.fd, 1, 36, 4));
 	kernelError(t, 'EBADF', () => {
 		native.closeFd(1_000_000);
 	});

@@ -60,5 +60,6 @@ test('other users of getsockopt work while attached: iptables-save, and options 
 	// 300 rules are far more than the page that the kernel hands to a getsockopt program.
 	t.is(pod.must('iptables-legacy-save').split('\n').filter(line => line.includes('--dport')).length, 300);
 	t.is(pod.must('iptables-legacy', '-S', 'OUTPUT').split('\n').filter(line => line.includes('--dport')).length, 300);
-	t.true(pod.must('iptables-save').length > 0);
+	pod.must('iptables-nft', '-A', 'OUTPUT', '-p', 'udp', '--dport', '53', '-j', 'ACCEPT');
+	t.regex(pod.must('iptables-nft-save'), /--dport 53/);
 });

@@ -1,8 +1,8 @@
-// Workers that load, close and leave things open, terminated in the middle: prints the fds before and after as JSON.
+// Workers that load, close and leave things open, terminated in the middle: prints the kinds of fds before and after as JSON.
 import {fileURLToPath} from 'node:url';
 import {Worker, isMainThread, parentPort} from 'node:worker_threads';
 import {type BpfObject, native} from '../../../src/native.js';
-import {fixture, openFds} from '../helpers.js';
+import {fixture, fdKinds} from '../helpers.js';
 
 const AF_INET = 2;
 const SOCK_STREAM = 1;
@@ -74,13 +74,13 @@ async function main(): Promise<void> {
 	};
 
 	await terminateOne(5);
-	const before = openFds();
+	const before = fdKinds();
 	for (let round = 0; round < Number(process.argv[2]); round++) {
 		await Promise.all([0, 1, 2].map(async index => terminateOne((round * 7 + index * 3) % 23)));
 	}
 
 	// Nothing of this thread's own is open, whatever the workers did.
-	console.log(JSON.stringify({before, after: openFds(), handles: native.openHandles()}));
+	console.log(JSON.stringify({before, after: fdKinds(), handles: native.openHandles()}));
 }
 
 if (isMainThread) {

@@ -1,0 +1,209 @@
+/** Bad input: each a clear error, nothing changed, nothing half-attached. */
+import {chmodSync, existsSync, mkdirSync, readdirSync, writeFileSync} from 'node:fs';
+import path from 'node:path';
+import test from 'ava';
+import {native} from '../../src/native.js';
+import {podEntry} from '../helpers/capture.js';
+import {run} from '../helpers/process.js';
+import {CLI, World, type Agent} from '../helpers/world.js';
+
+const nothingIsLoaded = (world: World) => !existsSync(`${world.bpffs}/sidestep`) || readdirSync(`${world.bpffs}/sidestep`).length === 0;
+
+/** Programs of ours on the world's cgroup. */
+function attached(world: World): number {
+	return [10, 11, 29, 30, 3, 21].flatMap(type => native.cgroupPrograms(world.cgroup, type)).length;
+}
+
+async function fails(agent: Agent): Promise<{code: number | null; stderr: string}> {
+	const code = await agent.running.ended;
+	return {code, stderr: agent.running.stderr};
+}
+
+test('a malformed pods file: the agent does not start', async t => {
+	const world = World.create(t);
+	writeFileSync(world.podsFile, 'pods:\n  - name: [\n');
+	const {code, stderr} = await fails(world.startAgent());
+	t.is(code, 2);
+	t.regex(stderr, /pods\.yaml:3:\d+: /);
+	writeFileSync(world.podsFile, 'pods: [{name: a, netns: /x, proxy: {port: 70000}}]');
+	const second = await fails(world.startAgent());
+	t.is(second.code, 2);
+	t.regex(second.stderr, /pods\.yaml: pods\[0\]\.proxy\.port: expected an integer from 1 to 65535, got 70000/);
+	t.true(nothingIsLoaded(world));
+	t.is(attached(world), 0);
+});
+
+test('a pods file that becomes malformed: the last good one stays in force', async t => {
+	const world = World.create(t);
+	const pod = world.pod('pod');
+	const agent = await world.agent([podEntry(pod)]);
+	const before = world.json('map', 'dump', 'pods');
+	writeFileSync(world.podsFile, '{');
+	await agent.says(/pods\.yaml:1:\d+: .*\(the last good pods file stays in force\)/);
+	t.deepEqual(world.json('map', 'dump', 'pods'), before);
+	t.is((await agent.get('/readyz')).status, 503);
+	world.writePods([podEntry(pod)]);
+	await agent.ready();
+});
+
+test('namespaces that cannot be enrolled are refused one by one, and the others are served', async t => {
+	const world = World.create(t);
+	const pod = world.pod('pod');
+	const twin = world.pod('twin');
+	const file = path.join(world.directory, 'file');
+	writeFileSync(file, '');
+	const agent = await world.agent([podEntry(pod)]);
+	const before = world.json('map', 'dump', 'pods');
+	world.writePods([
+		podEntry(pod),
+		{...podEntry(pod), name: 'missing', netns: '/run/netns/never-there'},
+		{...podEntry(pod), name: 'no-process', netns: undefined, pid: 4_194_304},
+		{...podEntry(pod), name: 'host', netns: '/proc/self/ns/net'},
+		{...podEntry(pod), name: 'file', netns: file},
+		{...podEntry(pod), name: 'other-kind', netns: '/proc/self/ns/mnt'},
+		{...podEntry(twin), name: 'twin-a'},
+		{...podEntry(twin), name: 'twin-b'},
+		{...podEntry(twin), name: 'no-cgroup', netns: pod.netns, exempt: {cgroups: ['/sys/fs/cgroup/never-there']}},
+	]);
+	await agent.says(/no-cgroup/);
+	for (const message of [
+		/pod missing: its network namespace \/run\/netns\/never-there does not exist: start the pod/,
+		/pod no-process: its process 4194304 does not exist/,
+		/pod host: its network namespace is the host's own, which is never captured/,
+		/pod file: .* is not a network namespace/,
+		/pod other-kind: .* is not a network namespace/,
+		/pod twin-a: it has the same network namespace as pod twin-b/,
+		/pod twin-b: it has the same network namespace as pod twin-a/,
+		/pod no-cgroup: its exempt cgroup \/sys\/fs\/cgroup\/never-there cannot be used \(.*ENOENT/,
+	]) {
+		t.regex(agent.running.stderr, message);
+	}
+
+	t.deepEqual(world.json('map', 'dump', 'pods'), before, 'the good pod stays, no other came');
+});
+
+test('an error never takes an enrolled pod out of capture', async t => {
+	const world = World.create(t);
+	const pod = world.pod('pod');
+	const agent = await world.agent([podEntry(pod)]);
+	const before = world.json('map', 'dump', 'pods');
+	world.writePods([{...podEntry(pod), ips: ['10.9.9.9']}]);
+	await agent.says(/pod test\/pod: its namespace does not have the address 10\.9\.9\.9/);
+	t.deepEqual(world.json('map', 'dump', 'pods'), before);
+});
+
+test('a proxy inside the pod with nothing exempt would capture itself: refused', async t => {
+	const world = World.create(t);
+	const pod = world.pod('pod');
+	world.writePods([{...podEntry(pod), exempt: {}}]);
+	const agent = world.startAgent();
+	await agent.says(/its proxy is inside the pod and nothing is exempt/);
+	t.deepEqual(world.json('map', 'dump', 'pods'), []);
+});
+
+test('without privilege the agent says which capability is missing', t => {
+	const world = World.create(t);
+	world.writePods([]);
+	chmodSync(world.directory, 0o777);
+	const {code, stderr} = run(path.join(path.dirname(CLI), '../../../build/test/in'), ['--uid', '65534', '--gid', '65534', '--', process.execPath, CLI, 'run', '--pods-file', world.podsFile, '--bpffs', world.bpffs, '--cgroup', world.cgroup]);
+	t.is(code, 1);
+	t.regex(stderr, /this process lacks .*CAP_BPF.*: run as root, or give the container these capabilities/);
+	t.true(nothingIsLoaded(world));
+});
+
+test('a cgroup that is none is refused with a word on what to do', async t => {
+	const world = World.create(t);
+	world.writePods([]);
+	for (const [cgroup, message] of [
+		['/tmp', /\/tmp is not on cgroup v2: name a directory below .* by --cgroup/],
+		[`${world.cgroup}/never-there`, /cannot be used: name an existing cgroup v2 directory by --cgroup/],
+	] as const) {
+		const {code, stderr} = await fails(world.startAgent(['--cgroup', cgroup]));
+		t.is(code, 1);
+		t.regex(stderr, message);
+	}
+
+	t.true(nothingIsLoaded(world));
+});
+
+test('a foreign directory at the pin path is left as it is', async t => {
+	const world = World.create(t);
+	world.writePods([]);
+	mkdirSync(`${world.bpffs}/sidestep/v1/maps/cilium`, {recursive: true});
+	const {code, stderr} = await fails(world.startAgent());
+	t.is(code, 1);
+	t.regex(stderr, /v1 was not made by sidestep \(it holds maps\/cilium\): remove it by hand/);
+	t.is(attached(world), 0);
+	t.true(existsSync(`${world.bpffs}/sidestep/v1/maps/cilium`));
+	const unload = world.sidestep('unload');
+	t.is(unload.code, 1);
+	t.true(existsSync(`${world.bpffs}/sidestep/v1/maps/cilium`));
+});
+
+test('pins of another layout version are refused, by every command', async t => {
+	const world = World.create(t);
+	world.writePods([]);
+	mkdirSync(`${world.bpffs}/sidestep/v999`, {recursive: true});
+	const {code, stderr} = await fails(world.startAgent());
+	t.is(code, 1);
+	t.regex(stderr, /holds layout v999, and this build knows v1 only/);
+	for (const command of [['status'], ['pods'], ['unload'], ['map', 'list']]) {
+		const result = world.sidestep(...command);
+		t.is(result.code, 1);
+		t.regex(result.stderr, /holds layout v999/);
+	}
+
+	t.deepEqual(readdirSync(`${world.bpffs}/sidestep`), ['v999']);
+});
+
+test('a pin that somebody removed is named', async t => {
+	const world = World.create(t);
+	const agent = await world.agent([]);
+	await agent.running.stop();
+	run('rm', [`${world.bpffs}/sidestep/v1/maps/prefixes`]);
+	const {code, stderr} = await fails(world.startAgent());
+	t.is(code, 1);
+	t.regex(stderr, /v1 lacks maps\/prefixes: somebody removed pins; run `sidestep unload`/);
+	t.is(world.sidestep('unload').code, 0);
+	await world.agent([]);
+	t.pass();
+});
+
+test('a full map: the pod that does not fit is named, the others stay, and room is used again', async t => {
+	const world = World.create(t);
+	const pods = ['a', 'b', 'c'].map(name => world.pod(name));
+	const agent = await world.agent(pods.slice(0, 2).map(pod => podEntry(pod)), ['--max-pods', '2']);
+	const before = world.json<unknown[]>('map', 'dump', 'prefixes').length;
+	world.writePods(pods.map(pod => podEntry(pod)));
+	await agent.says(/pod test\/c: map \w+ is full \(2 entries\): run `sidestep unload`, then start with a larger --max-pods; nothing was changed for it/);
+	t.is(world.json<unknown[]>('pods').length, 2);
+	t.is(world.json<unknown[]>('map', 'dump', 'prefixes').length, before, 'the lists of the pod that did not fit are gone again');
+	world.writePods(pods.slice(1).map(pod => podEntry(pod)));
+	await agent.ready();
+	t.deepEqual(world.json<Array<{name: string}>>('pods').map(({name}) => name), ['test/b', 'test/c']);
+});
+
+test('another cgroup than the one attached to is refused', async t => {
+	const world = World.create(t);
+	const agent = await world.agent([]);
+	await agent.running.stop();
+	const {code, stderr} = await fails(world.startAgent(['--cgroup', world.subCgroup('other')]));
+	t.is(code, 1);
+	t.regex(stderr, /is attached to another cgroup than .*: start with the --cgroup it was started with/);
+});
+
+test('misuse of the command line ends with 2, and help works for every command', t => {
+	const world = World.create(t);
+	for (const args of [['nonsense'], ['run'], ['pods', '--output', 'xml'], ['map', 'dump', 'nothing'], ['run', '--pods-file', '/x', '--resync', '1'], ['map', 'dump']]) {
+		const {code, stderr} = world.sidestep(...args);
+		t.is(code, 2, `${args.join(' ')}: ${stderr}`);
+		t.not(stderr, '');
+	}
+
+	for (const command of [[], ['run'], ['check'], ['status'], ['pods'], ['map'], ['map', 'list'], ['map', 'dump'], ['unload']]) {
+		const {code, stdout} = run(process.execPath, [CLI, ...command, '--help']);
+		t.is(code, 0);
+		t.regex(stdout, /Usage: sidestep/);
+	}
+
+});
