@@ -1,4 +1,4 @@
-import {Command, CommanderError, InvalidArgumentError, Option} from 'commander';
+import {Argument, Command, CommanderError, InvalidArgumentError, Option} from 'commander';
 import {runAgent} from '../agent.js';
 import {AgentError, reasonOf} from '../errors.js';
 import {Datapath, PROGRAMS, openDatapath, unload} from '../loader/datapath.js';
@@ -158,18 +158,12 @@ function createProgram({stdout, stderr, signal}: Environment, setCode: (code: nu
 		}));
 	map.command('dump')
 		.description('all entries of one map')
-		.argument('<name>', `one of ${MAP_NAMES.filter(name => name !== 'original_dsts').join(', ')}`)
+		.addArgument(new Argument('<name>', 'the map').choices(MAP_NAMES.filter(name => name !== 'original_dsts')))
 		.addOption(bpffs())
 		.addOption(outputOption())
-		.action(async (name: string, options: ReadOptions) => {
-			if (!MAP_NAMES.includes(name as MapName)) {
-				throw new InvalidArgumentError(`there is no map ${name}; there are ${MAP_NAMES.join(', ')}`);
-			}
-
-			await read(options, datapath => {
-				show(options.output, dumpMap(datapath, name as MapName), 'the map is empty');
-			});
-		});
+		.action(async (name: MapName, options: ReadOptions) => read(options, datapath => {
+			show(options.output, dumpMap(datapath, name), 'the map is empty');
+		}));
 
 	program.command('unload')
 		.description('take programs, maps and pins away: pods connect directly from then on')

@@ -79,10 +79,6 @@ export function dumpMap(datapath: Datapath, name: MapName): readonly Row[] {
 			return maps.counters.entriesPerCpu().map(([netns, perCpu]) => ({netns, ...Object.fromEntries(sumCounters(schema, perCpu))}));
 		}
 
-		case 'original_dsts': {
-			throw new RangeError('original_dsts is socket storage: it can only be read through a socket, not be walked');
-		}
-
 		default: {
 			const map = schema.typed<unknown, unknown>(name, datapath.rawMaps.get(name)!);
 			return map.entries().map(([key, value]) => ({...flatten('key', key), ...flatten('value', value)}));

@@ -336,7 +336,7 @@ function checkContents(directory: string): void {
 	}
 }
 
-/** Removes a stage; unpinning a link's last reference detaches it. Links first, the connect programs' before the others'. */
+/** Removes a stage. Links first, the connect programs' before the others'. */
 function removeTree(stage: string, layout: PinLayout, step: (step: string) => void): void {
 	if (!existsSync(stage)) {
 		return;
@@ -344,6 +344,7 @@ function removeTree(stage: string, layout: PinLayout, step: (step: string) => vo
 
 	checkContents(stage);
 	for (const name of [...PROGRAMS].reverse()) {
+		detach(layout.link(name, stage));
 		removePin(layout.link(name, stage), step);
 	}
 
@@ -357,6 +358,15 @@ function removeTree(stage: string, layout: PinLayout, step: (step: string) => vo
 
 	for (const directory of [...readdirSync(stage).map(name => path.join(stage, name)), stage]) {
 		rmdirSync(directory);
+	}
+}
+
+/** Now: the end of a link's last reference only schedules it (bpf_link_put), and whoever unloads wants to rely on it. */
+function detach(pin: string): void {
+	if (existsSync(pin)) {
+		const link = native.openPinnedLink(pin);
+		link.detach();
+		link.close();
 	}
 }
 

@@ -16,8 +16,8 @@ interface Case {
 	readonly expect: 'relayed' | 'direct' | 'fails';
 	/** By default whatever is relayed, and what fails behind the proxy. */
 	readonly reachesProxy?: boolean;
-	/** A difference that the README names: sidestep relays what iptables does not. */
-	readonly differs?: true;
+	/** Differences that the README names: sidestep relays what iptables does not; or getpeername shows the proxy. */
+	readonly differs?: 'relayed' | 'peer';
 }
 
 const CASES: readonly Case[] = [
@@ -37,8 +37,8 @@ const CASES: readonly Case[] = [
 	{title: 'source bound to 127.0.0.1', to: 'FAR4:8080', options: ['--bind', '127.0.0.1:0'], expect: 'fails', reachesProxy: false},
 	{title: 'source bound to 127.0.0.1, exempt', to: 'FAR4:8080', options: ['--bind', '127.0.0.1:0', '--mark', String(PROXY_MARK)], expect: 'fails', reachesProxy: false},
 	{title: 'source bound to ::1', to: '[FAR6]:8080', options: ['--bind', '[::1]:0'], expect: 'relayed'},
-	{title: 'SO_BINDTODEVICE eth0', to: 'FAR4:8080', options: ['--device', 'eth0'], expect: 'fails', reachesProxy: false, differs: true},
-	{title: 'SO_BINDTODEVICE eth0, IPv6', to: '[FAR6]:8080', options: ['--device', 'eth0'], expect: 'fails', reachesProxy: false, differs: true},
+	{title: 'SO_BINDTODEVICE eth0', to: 'FAR4:8080', options: ['--device', 'eth0'], expect: 'fails', reachesProxy: false, differs: 'relayed'},
+	{title: 'SO_BINDTODEVICE eth0, IPv6', to: '[FAR6]:8080', options: ['--device', 'eth0'], expect: 'fails', reachesProxy: false, differs: 'relayed'},
 	{title: 'nobody at the destination: the proxy still accepts', to: 'FAR4:9', expect: 'fails'},
 	{title: 'a neighbour that does not exist', to: '10.77.0.250:80', expect: 'fails'},
 	{title: 'exempt mark', to: 'FAR4:8080', options: ['--mark', String(PROXY_MARK)], expect: 'direct'},
@@ -60,7 +60,8 @@ const CASES: readonly Case[] = [
 	{title: 'multicast', to: '224.0.0.1:80', expect: 'fails', reachesProxy: false},
 	{title: 'limited broadcast', to: '255.255.255.255:80', expect: 'fails', reachesProxy: false},
 	{title: 'the subnet\'s broadcast address', to: '10.77.0.255:80', expect: 'fails', reachesProxy: false},
-	{title: 'MPTCP', to: 'FAR4:8080', options: ['--mptcp'], expect: 'relayed'},
+	{title: 'MPTCP', to: 'FAR4:8080', options: ['--mptcp'], expect: 'relayed', differs: 'peer'},
+	{title: 'MPTCP, IPv6', to: '[FAR6]:8080', options: ['--mptcp'], expect: 'relayed', differs: 'peer'},
 ];
 
 interface Side {
@@ -102,7 +103,8 @@ test('under sidestep everyone sees what they see under iptables', async t => {
 	await far.server(`${far.ipv4}:8080`, `[${far.ipv6}]:8080`);
 	const sides: Side[] = [];
 	for (const pod of [theirs, ours]) {
-		// Fast Open sends data with the SYN only once it has a cookie; 0x1 client, 0x2 server.
+		// Client and server, and without the cookie that a first connection would only ask for: data really goes with the SYN.
+		pod.must('sysctl', '-qw', 'net.ipv4.tcp_fastopen=0x207');
 		await pod.server('0.0.0.0:8081', '[::1]:8081', `[${pod.ipv6}]:8081`);
 		sides.push({pod, proxy: await pod.proxy(['--listen', `[::]:${PROXY_PORT}`, '--mark', String(PROXY_MARK)])});
 	}
@@ -116,7 +118,7 @@ test('under sidestep everyone sees what they see under iptables', async t => {
 			const fill = (text: string) => text.replaceAll('FAR4', far.ipv4).replaceAll('FAR6', far.ipv6).replaceAll('OWN4', side.pod.ipv4).replaceAll('OWN6', side.pod.ipv6);
 			const before = side.proxy.lines().length;
 			const result = side.pod.client(fill(to), [...options.map(fill), '--timeout', '1500'], as);
-			if (reachesProxy) {
+			if (reachesProxy || (differs === 'relayed' && side.pod === ours)) {
 				await eventually(`${title}: the proxy of ${side.pod.name} reports ${JSON.stringify(result)}`, () => side.proxy.lines().length > before, 3000).catch(() => {});
 			}
 
@@ -126,11 +128,19 @@ test('under sidestep everyone sees what they see under iptables', async t => {
 		const [reference, mine] = views;
 		t.is(reference!.proxy.length, reachesProxy ? 1 : 0, `${title}: iptables did not do what the case is about: ${JSON.stringify(reference)}`);
 		t.is(reference!.client.outcome === 'ok', expect !== 'fails', `${title}: ${JSON.stringify(reference)}`);
-		if (differs) {
+		if (differs === 'peer') {
+			t.deepEqual({...mine, client: {...mine!.client, peer: ''}}, {...reference, client: {...reference!.client, peer: ''}}, title);
+			t.regex(mine!.client.peer, /OWN[46]\]?:15001/, title);
+		} else if (differs === 'relayed') {
 			t.like(mine, {client: {outcome: 'ok', echo: true, peer: to.replace('FAR4', far.ipv4).replace('FAR6', far.ipv6)}, proxy: {length: 1}}, title);
 		} else {
 			t.deepEqual(mine, reference, title);
 		}
+	}
+
+	for (const {pod} of sides) {
+		const counters = pod.must('cat', '/proc/net/netstat').split('\n').filter(line => line.startsWith('TcpExt:')).map(line => line.split(' '));
+		t.is(counters[1]![counters[0]!.indexOf('TCPFastOpenPassive')], '4', `${pod.name}: data came with the SYN in all four Fast Open cases`);
 	}
 });
 

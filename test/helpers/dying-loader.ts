@@ -1,0 +1,21 @@
+/** dying-loader load|unload BPFFS CGROUP STEP OBJECT: kills itself after its step number STEP; exits with 0 if there are fewer. */
+import {writeSync} from 'node:fs';
+import {load, unload} from '../../src/loader/datapath.js';
+import {takeWriterLock} from '../../src/loader/lock.js';
+import {PinLayout} from '../../src/loader/paths.js';
+
+const [what, bpffs, cgroup, dieAt, object] = process.argv.slice(2) as [string, string, string, string, string];
+let steps = 0;
+const onStep = (step: string) => {
+	writeSync(1, `${step}\n`);
+	if (++steps === Number(dieAt)) {
+		process.kill(process.pid, 'SIGKILL');
+	}
+};
+
+const lock = takeWriterLock(new PinLayout(bpffs, 1));
+if (what === 'load') {
+	load(lock, {cgroup, object, onStep});
+} else {
+	unload(lock, onStep);
+}
