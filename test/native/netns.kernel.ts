@@ -1,11 +1,16 @@
 import {spawnSync} from 'node:child_process';
 import {readlinkSync} from 'node:fs';
-import test from 'ava';
-import {native} from '../../src/native.js';
+import test, {type ExecutionContext} from 'ava';
+import {type NetNs, native} from '../../src/native.js';
 import {AF_INET, SOCK_STREAM, held, kernelError, listener, network, sockaddr, tcp} from './helpers.js';
 
 const AF_INET6 = 10;
 const text = (address: Uint8Array) => address.length === 4 ? address.join('.') : Buffer.from(address).toString('hex');
+
+function ip(t: ExecutionContext, netns: NetNs, commands: readonly string[]): void {
+	const {status, stderr} = spawnSync('nsenter', [`--net=/proc/${process.pid}/fd/${netns.fd}`, 'ip', '-batch', '-'], {input: commands.join('\n'), encoding: 'utf8'});
+	t.is(status, 0, stderr);
+}
 
 test('two namespaces differ in inode and cookie, two handles of one do not', t => {
 	const first = network(t);
@@ -81,16 +86,16 @@ test('an interface that is down has no addresses; setUp gives it its own', t => 
 });
 
 test('localRoutes has what a packet may be delivered to, and nothing of other tables', t => {
-	const routes = network(t).localRoutes().map(({family, address, prefixLength, type}) => `${family} ${text(address)}/${prefixLength} ${type}`);
-	t.deepEqual(routes.filter(route => route.startsWith('4')).sort(), ['4 127.0.0.0/8 2', '4 127.0.0.1/32 2', '4 127.255.255.255/32 3']);
+	const netns = network(t);
+	ip(t, netns, ['route add 10.5.0.0/16 dev lo', 'route add local 10.6.0.0/16 dev lo table 100', 'route add local 10.7.0.0/16 dev lo table 511', 'route add local 10.8.0.0/16 dev lo table local']);
+	const routes = netns.localRoutes().map(({family, address, prefixLength, type}) => `${family} ${text(address)}/${prefixLength} ${type}`);
+	t.deepEqual(routes.filter(route => route.startsWith('4')).sort(), ['4 10.8.0.0/16 2', '4 127.0.0.0/8 2', '4 127.0.0.1/32 2', '4 127.255.255.255/32 3']);
 	t.true(routes.includes('6 00000000000000000000000000000001/128 2'));
 });
 
 test('1,000 addresses are all told: more than one netlink message holds', t => {
 	const netns = network(t);
-	const input = Array.from({length: 1000}, (_, i) => `address add 10.9.${i >> 8}.${i & 0xff}/32 dev lo\n`).join('');
-	const {status, stderr} = spawnSync('nsenter', [`--net=/proc/${process.pid}/fd/${netns.fd}`, 'ip', '-batch', '-'], {input, encoding: 'utf8'});
-	t.is(status, 0, stderr);
+	ip(t, netns, Array.from({length: 1000}, (_, i) => `address add 10.9.${i >> 8}.${i & 0xff}/32 dev lo`));
 	const mine = netns.addresses().filter(({address}) => address[0] === 10);
 	t.is(mine.length, 1000);
 	t.is(new Set(mine.map(({address}) => text(address))).size, 1000);
