@@ -44,7 +44,7 @@ function inPod(netns: string, ...command: readonly string[]): [string, readonly 
 }
 
 function start([command, args]: [string, readonly string[]], log?: (text: string) => void): ChildProcess {
-	const child = spawn(command, args, {stdio: ['ignore', 'pipe', 'pipe'], detached: false});
+	const child = spawn(command, args, {stdio: ['ignore', 'pipe', 'pipe'], cwd: '/'});
 	child.stdout!.setEncoding('utf8').on('data', (text: string) => log?.(text));
 	child.stderr!.setEncoding('utf8').on('data', (text: string) => log?.(text));
 	children.push(child);

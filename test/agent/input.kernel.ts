@@ -1,5 +1,5 @@
 /** Bad input: each a clear error, nothing changed, nothing half-attached. */
-import {chmodSync, existsSync, mkdirSync, readdirSync, writeFileSync} from 'node:fs';
+import {existsSync, mkdirSync, readdirSync, writeFileSync} from 'node:fs';
 import path from 'node:path';
 import test from 'ava';
 import {native} from '../../src/native.js';
@@ -104,8 +104,7 @@ test('a proxy inside the pod with nothing exempt would capture itself: refused',
 test('without privilege the agent says which capability is missing', t => {
 	const world = World.create(t);
 	world.writePods([]);
-	chmodSync(world.directory, 0o777);
-	const {code, stderr} = run(path.join(path.dirname(CLI), '../../../build/test/in'), ['--uid', '65534', '--gid', '65534', '--', process.execPath, CLI, 'run', '--pods-file', world.podsFile, '--bpffs', world.bpffs, '--cgroup', world.cgroup]);
+	const {code, stderr} = run('setpriv', ['--bounding-set', '-all', '--inh-caps', '-all', process.execPath, CLI, 'run', '--pods-file', world.podsFile, '--bpffs', world.bpffs, '--cgroup', world.cgroup]);
 	t.is(code, 1);
 	t.regex(stderr, /this process lacks .*CAP_BPF.*: run as root, or give the container these capabilities/);
 	t.true(nothingIsLoaded(world));

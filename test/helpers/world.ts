@@ -2,7 +2,7 @@
 A private world for one test: network namespaces that a bridge connects, a cgroup, a bpffs. The host's own namespace is never changed. Everything goes
 with the test, whatever happens to it; what a killed test run left behind goes with the next one.
 */
-import {chmodSync, existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, rmdirSync, writeFileSync} from 'node:fs';
+import {chmodSync, copyFileSync, existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, rmdirSync, writeFileSync} from 'node:fs';
 import {tmpdir} from 'node:os';
 import path from 'node:path';
 import {fileURLToPath} from 'node:url';
@@ -13,7 +13,9 @@ import {Running, eventually, must, run, type Result} from './process.js';
 
 const ROOT = fileURLToPath(new URL('../../../', import.meta.url));
 const PREFIX = 'sst';
+/** The helper programs; each world has copies that other users can run, as the tree itself may be closed to them. */
 const BIN = path.join(ROOT, 'build/test');
+const PROGRAMS = ['in', 'client', 'server', 'proxy'] as const;
 export const CLI = path.join(ROOT, 'dist/src/cli/main.js');
 export const ENVOY = path.join(ROOT, '.cache/envoy/envoy');
 
@@ -79,6 +81,10 @@ export class World {
 		world.#undo.push(() => {
 			rmSync(world.directory, {recursive: true, force: true});
 		});
+		for (const program of PROGRAMS) {
+			copyFileSync(path.join(BIN, program), world.program(program));
+		}
+
 		mkdirSync(world.bpffs);
 		native.mountBpffs(world.bpffs);
 		world.#undo.push(() => {
@@ -88,6 +94,10 @@ export class World {
 		world.#undo.push(async () => removeCgroup(world.cgroup));
 		world.#node();
 		return world;
+	}
+
+	program(name: typeof PROGRAMS[number]): string {
+		return path.join(this.directory, name);
 	}
 
 	onEnd(undo: () => void | Promise<void>): void {
@@ -161,7 +171,7 @@ export class World {
 	}
 
 	startAgent(extra: readonly string[] = []): Agent {
-		const running = Running.start(path.join(BIN, 'in'), ['--cgroup', this.cgroup, '--', process.execPath, CLI, 'run', '--pods-file', this.podsFile, '--bpffs', this.bpffs, '--cgroup', this.cgroup, '--metrics-address', '127.0.0.1:0', ...extra]);
+		const running = Running.start(this.program('in'), ['--cgroup', this.cgroup, '--', process.execPath, CLI, 'run', '--pods-file', this.podsFile, '--bpffs', this.bpffs, '--cgroup', this.cgroup, '--metrics-address', '127.0.0.1:0', ...extra]);
 		this.#undo.push(async () => {
 			await running.stop('SIGKILL');
 		});
@@ -233,7 +243,7 @@ export class Pod {
 
 	/** Command line that runs something in the pod, and in the world's cgroup. */
 	command(command: readonly string[], as: As = {}): readonly [string, readonly string[]] {
-		return [path.join(BIN, 'in'), [
+		return [this.world.program('in'), [
 			'--cgroup', as.cgroup ?? this.world.cgroup,
 			'--netns', this.netns,
 			...(as.uid === undefined ? [] : ['--uid', String(as.uid)]),
@@ -260,15 +270,15 @@ export class Pod {
 	}
 
 	async server(...addresses: readonly string[]): Promise<Running> {
-		return this.#ready([path.join(BIN, 'server'), ...addresses]);
+		return this.#ready([this.world.program('server'), ...addresses]);
 	}
 
 	async proxy(options: readonly string[], as?: As): Promise<Running> {
-		return this.#ready([path.join(BIN, 'proxy'), ...options], as);
+		return this.#ready([this.world.program('proxy'), ...options], as);
 	}
 
 	client(to: string, options: readonly string[] = [], as?: As): ClientResult {
-		const {stdout, stderr} = this.run([path.join(BIN, 'client'), '--to', to, ...options], as);
+		const {stdout, stderr} = this.run([this.world.program('client'), '--to', to, ...options], as);
 		if (!stdout) {
 			throw new Error(`client ${to} ${options.join(' ')}: ${stderr}`);
 		}
@@ -277,7 +287,7 @@ export class Pod {
 	}
 
 	startClients(to: readonly string[], options: readonly string[], as?: As): Running {
-		return this.start([path.join(BIN, 'client'), ...to.flatMap(address => ['--to', address]), ...options], as);
+		return this.start([this.world.program('client'), ...to.flatMap(address => ['--to', address]), ...options], as);
 	}
 
 	async clients(to: readonly string[], options: readonly string[], as?: As): Promise<ManyResult> {

@@ -1,6 +1,7 @@
 import test from 'ava';
 import {PROXY_MARK, PROXY_PORT, captureBySidestep, podEntry} from '../helpers/capture.js';
-import {World} from '../helpers/world.js';
+import {Running, run} from '../helpers/process.js';
+import {World, type ClientResult} from '../helpers/world.js';
 
 test('a namespace that is not enrolled is untouched, and no counter moves', async t => {
 	const world = World.create(t);
@@ -16,6 +17,29 @@ test('a namespace that is not enrolled is untouched, and no counter moves', asyn
 		t.is(result.peer, to);
 		t.is(result.hello!.peer, result.local, 'nothing is in between');
 		t.is(result.original_dst.ip === 'ok', false);
+	}
+
+	t.deepEqual(world.json('map', 'dump', 'counters'), before);
+});
+
+test('the host\'s own connections are untouched, and no counter moves', async t => {
+	const world = World.create(t);
+	const enrolled = world.pod('enrolled');
+	await captureBySidestep(enrolled);
+	const before = world.json('map', 'dump', 'counters');
+	// In the cgroup that the programs are attached to, but in the host's namespace; on loopback only.
+	const onHost = (...command: string[]) => [world.program('in'), ['--cgroup', world.cgroup, '--', ...command]] as const;
+	const port = 20_000 + process.pid % 10_000;
+	const server = Running.start(...onHost(world.program('server'), `127.0.0.1:${port}`, `[::1]:${port}`));
+	world.onEnd(async () => {
+		await server.stop('SIGKILL');
+	});
+	await server.until('ready', () => server.stdout.includes('ready'));
+	for (const to of [`127.0.0.1:${port}`, `[::1]:${port}`]) {
+		const result = JSON.parse(run(...onHost(world.program('client'), '--to', to)).stdout) as ClientResult;
+		t.is(result.outcome, 'ok');
+		t.is(result.peer, to);
+		t.is(result.hello!.peer, result.local);
 	}
 
 	t.deepEqual(world.json('map', 'dump', 'counters'), before);

@@ -48,6 +48,9 @@ int main(int argc, char **argv)
 			fail(netns);
 		close(fd);
 	}
+	/* Where the tests run from may be closed to another user. */
+	if (chdir("/"))
+		fail("/");
 	if (gid >= 0 && (setgroups(0, NULL) || setgid(gid)))
 		fail("setgid");
 	if (uid >= 0 && setuid(uid))
