@@ -11,7 +11,7 @@ const BUILD = ['cmake', 'make', 'g++', 'clang-19', 'llvm-19', 'libbpf-dev', 'lib
 const PACKAGES = {
 	build: BUILD,
 	demo: [...BUILD, 'iproute2', 'haproxy', 'curl'],
-	test: [...BUILD, 'iproute2', 'iptables', 'haproxy', 'redsocks', 'microsocks', 'curl', 'python3-venv'],
+	test: [...BUILD, 'iproute2', 'iptables', 'haproxy', 'redsocks', 'microsocks', 'curl', 'procps', 'python3-venv'],
 };
 
 function run(command, args, why) {

@@ -2,7 +2,7 @@
 What this host can do, found out by use and never by version: distributions backport, and kernels are configured.
 */
 import {existsSync, readFileSync} from 'node:fs';
-import {HostError, reasonOf} from '../errors.js';
+import {HostError, hasErrno, reasonOf} from '../errors.js';
 import {addressFromBytes, addressToBytes} from '../maps/address.js';
 import {MAP_NAMES, type MapName, type Target} from '../maps/schema.js';
 import {native, type BpfLink, type BpfMap} from '../native.js';
@@ -51,6 +51,12 @@ export function checkHost(options: {readonly bpffs: string; readonly cgroup?: st
 		const netns = native.createNetns();
 		try {
 			return {state: 'ok', detail: `SO_NETNS_COOKIE, e.g. ${netns.cookie()}`};
+		} catch (error) {
+			if (hasErrno(error, 'ENOPROTOOPT')) {
+				return {state: 'missing', detail: 'the kernel does not know SO_NETNS_COOKIE, nor bpf_get_netns_cookie in sock_ops programs: 5.15 or newer is needed'};
+			}
+
+			throw error;
 		} finally {
 			netns.close();
 		}
