@@ -74,8 +74,11 @@ function view({pod}: Side, result: ClientResult, lines: readonly ProxyLine[]) {
 	const plain = (text: string) => text
 		.replaceAll(pod.ipv4, 'OWN4').replaceAll(new RegExp(`${pod.ipv6}(?![0-9a-f])`, 'g'), 'OWN6')
 		.replaceAll(/:(?!40123|40124)[3-6]\d{4}\b/g, ':RANDOM');
+	const unmapped = (text = '') => text.replace(/^\[::ffff:([\d.]+)]/, '$1');
 	return {
 		client: {
+			// The server sees the application's own socket: nothing is in between.
+			direct: result.hello !== null && unmapped(result.hello.peer) === unmapped(result.local),
 			outcome: result.outcome, stage: result.stage, echo: result.echo, peer: plain(result.peer), local: plain(result.local),
 			server: plain(result.hello?.server ?? ''), serverPeer: plain(result.hello?.peer ?? ''),
 		},
@@ -128,6 +131,7 @@ test('under sidestep everyone sees what they see under iptables', async t => {
 		const [reference, mine] = views;
 		t.is(reference!.proxy.length, reachesProxy ? 1 : 0, `${title}: iptables did not do what the case is about: ${JSON.stringify(reference)}`);
 		t.is(reference!.client.outcome === 'ok', expect !== 'fails', `${title}: ${JSON.stringify(reference)}`);
+		t.is(reference!.client.direct, expect === 'direct', `${title}: ${JSON.stringify(reference)}`);
 		if (differs === 'peer') {
 			t.deepEqual({...mine, client: {...mine!.client, peer: ''}}, {...reference, client: {...reference!.client, peer: ''}}, title);
 			t.regex(mine!.client.peer, /OWN[46]\]?:15001/, title);
