@@ -54,29 +54,35 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 	const loop = new Loop(options.resyncMs);
 	let server: Awaited<ReturnType<typeof serveMetrics>>['server'] | undefined;
 	let watcher: FSWatcher | undefined;
+	let metrics: Metrics | undefined;
+	let last: Round | undefined;
+	let fileProblem: string | undefined;
+	const health = (): Health => {
+		const problems = [
+			...(last ? [] : ['the first round is not done yet']),
+			...(fileProblem === undefined ? [] : [`${fileProblem} (the last good pods file stays in force)`]),
+			...[...last?.failures.values() ?? []].map(error => error.message),
+		];
+		return {alive: loop.isTurning, ready: problems.length === 0, problems};
+	};
+
 	try {
+		// First of all, as a port that is taken is no reason to leave programs behind.
+		const served = await serveMetrics(options.metrics, async () => metrics?.registry.metrics() ?? '', health).catch((error: unknown) => {
+			throw new HostError(`metrics cannot be served (${reasonOf(error)})`, 'choose another --metrics-address', {cause: error});
+		});
+		server = served.server;
 		requireWorkingCapture();
 		const {maxPods} = options;
 		const loaded = load(lock, {cgroup, maxEntries: {pods: maxPods, pod_info: maxPods, counters: maxPods}});
 		datapath = loaded.datapath;
+		metrics = new Metrics(datapath);
 		log(`programs ${loaded.how} at ${datapath.layout.current}, attached to ${cgroup}`);
+		const capacity = datapath.rawMaps.get('pods')!.info().maxEntries;
+		if (capacity !== maxPods) {
+			log(`the adopted maps have room for ${capacity} pods, not ${maxPods}: \`sidestep unload\` first to change that`);
+		}
 
-		const metrics = new Metrics(datapath);
-		let last: Round | undefined;
-		let fileProblem: string | undefined;
-		const health = (): Health => {
-			const problems = [
-				...(last ? [] : ['the first round is not done yet']),
-				...(fileProblem === undefined ? [] : [`${fileProblem} (the last good pods file stays in force)`]),
-				...[...last?.failures.values() ?? []].map(error => error.message),
-			];
-			return {alive: loop.isTurning, ready: problems.length === 0, problems};
-		};
-
-		const served = await serveMetrics(options.metrics, async () => metrics.registry.metrics(), health).catch((error: unknown) => {
-			throw new HostError(`metrics cannot be served (${reasonOf(error)})`, 'choose another --metrics-address', {cause: error});
-		});
-		server = served.server;
 		log(`metrics at port ${served.port}`);
 
 		watcher = watchFile(options.podsFile, () => loop.wake());
@@ -86,7 +92,7 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 				specs = readPodsFile(options.podsFile);
 				fileProblem = undefined;
 			} catch (error) {
-				metrics.recordError('pods_file');
+				metrics!.recordError('pods_file');
 				if (fileProblem !== reasonOf(error)) {
 					log(`${reasonOf(error)} (the last good pods file stays in force)`);
 				}
@@ -98,12 +104,12 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 			try {
 				last = reconcile(datapath!, specs, options.proc);
 			} catch (error) {
-				metrics.recordError('round');
+				metrics!.recordError('round');
 				log(`this round failed (${reasonOf(error)}): trying again in ${options.resyncMs} ms`);
 				return;
 			}
 
-			metrics.recordRound(last, performance.now() - started, changedAt === undefined ? undefined : performance.now() - changedAt);
+			metrics!.recordRound(last, performance.now() - started, changedAt === undefined ? undefined : performance.now() - changedAt);
 			for (const change of last.changes) {
 				log(change);
 			}

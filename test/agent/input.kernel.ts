@@ -1,5 +1,7 @@
 /** Bad input: each a clear error, nothing changed, nothing half-attached. */
+import {once} from 'node:events';
 import {existsSync, mkdirSync, readdirSync, writeFileSync} from 'node:fs';
+import {createServer, type AddressInfo} from 'node:net';
 import path from 'node:path';
 import test from 'ava';
 import {native} from '../../src/native.js';
@@ -108,6 +110,43 @@ test('without privilege the agent says which capability is missing', t => {
 	t.is(code, 1);
 	t.regex(stderr, /this process lacks .*CAP_BPF.*: run as root, or give the container these capabilities/);
 	t.true(nothingIsLoaded(world));
+});
+
+test('the capabilities that ARCHITECTURE.md lists are enough, and each is needed', async t => {
+	const world = World.create(t);
+	const pod = world.pod('pod');
+	const needed = ['bpf', 'perfmon', 'net_admin', 'sys_admin', 'sys_ptrace'];
+	world.writePods([podEntry(pod)]);
+	const start = (capabilities: readonly string[]) => world.startAgent([], ['setpriv', '--bounding-set', ['-all', ...capabilities.map(name => `+${name}`)].join(','), '--inh-caps', '-all']);
+	const agent = start(needed);
+	await agent.ready();
+	t.is(world.json<unknown[]>('pods').length, 1);
+	for (const command of [['status'], ['pods'], ['map', 'list'], ['map', 'dump', 'prefixes']]) {
+		const reading = run('setpriv', ['--bounding-set', '-all,+bpf', '--inh-caps', '-all', process.execPath, CLI, ...command, '--bpffs', world.bpffs]);
+		t.is(reading.code, 0, `${command.join(' ')} needs CAP_BPF only: ${reading.stderr}`);
+	}
+
+	await agent.running.stop();
+	for (const missing of ['net_admin', 'sys_admin', 'sys_ptrace']) {
+		const {code, stderr} = await fails(start(needed.filter(name => name !== missing)));
+		t.is(code, 1);
+		t.regex(stderr, new RegExp(`this process lacks .*CAP_${missing.toUpperCase()}`));
+	}
+});
+
+test('a port for metrics that is taken: the agent does not start, and leaves nothing', async t => {
+	const world = World.create(t);
+	world.writePods([]);
+	const taken = createServer().listen(0, '127.0.0.1');
+	t.teardown(() => {
+		taken.close();
+	});
+	await once(taken, 'listening');
+	const {code, stderr} = await fails(world.startAgent(['--metrics-address', `127.0.0.1:${(taken.address() as AddressInfo).port}`]));
+	t.is(code, 1);
+	t.regex(stderr, /metrics cannot be served \(.*EADDRINUSE.*\): choose another --metrics-address/);
+	t.true(nothingIsLoaded(world));
+	t.is(attached(world), 0);
 });
 
 test('a cgroup that is none is refused with a word on what to do', async t => {

@@ -170,8 +170,9 @@ export class World {
 		return agent;
 	}
 
-	startAgent(extra: readonly string[] = []): Agent {
-		const running = Running.start(this.program('in'), ['--cgroup', this.cgroup, '--', process.execPath, CLI, 'run', '--pods-file', this.podsFile, '--bpffs', this.bpffs, '--cgroup', this.cgroup, '--metrics-address', '127.0.0.1:0', ...extra]);
+	/** @param wrapper - a command that runs the agent's. */
+	startAgent(extra: readonly string[] = [], wrapper: readonly string[] = []): Agent {
+		const running = Running.start(this.program('in'), ['--cgroup', this.cgroup, '--', ...wrapper, process.execPath, CLI, 'run', '--pods-file', this.podsFile, '--bpffs', this.bpffs, '--cgroup', this.cgroup, '--metrics-address', '127.0.0.1:0', ...extra]);
 		this.#undo.push(async () => {
 			await running.stop('SIGKILL');
 		});
