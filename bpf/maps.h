@@ -80,9 +80,12 @@ static __always_inline void count(__u64 netns, enum reason reason)
 {
 	struct counters *counters_of_pod = bpf_map_lookup_elem(&counters, &netns);
 
-	/* Absent when the pod was removed while this connection was on its way. */
+	/*
+	 * Absent when the pod was removed while this connection was on its way. Atomic although per CPU: cgroup programs run preemptible
+	 * (migration is off, preemption is not), and softirqs come in between.
+	 */
 	if (counters_of_pod)
-		counters_of_pod->count[reason]++;
+		__sync_fetch_and_add(&counters_of_pod->count[reason], 1);
 }
 
 #endif
