@@ -1,10 +1,13 @@
 /**
 The same client action in two sibling pods, one under real iptables, one under sidestep: the application, the proxy and the peer have to see the same.
 */
+import {fileURLToPath} from 'node:url';
 import test from 'ava';
 import {PROXY_GID, PROXY_MARK, PROXY_PORT, PROXY_UID, captureByIptables, captureBySidestep} from '../helpers/capture.js';
 import {eventually, type Running} from '../helpers/process.js';
 import {World, type As, type ClientResult, type Pod, type ProxyLine} from '../helpers/world.js';
+
+const CHILD = fileURLToPath(new URL('../helpers/reuse-child.js', import.meta.url));
 
 interface Case {
 	readonly title: string;
@@ -167,6 +170,33 @@ test('with no proxy a captured connection is refused, at once and in both ways o
 	const [{failed}] = world.json<[{failed: number}]>('pods');
 	t.is(failed, 4);
 	t.deepEqual(world.json('map', 'dump', 'handshakes'), [], 'nothing waits for a proxy that never came');
+});
+
+test('a socket that is used again shows each time the peer of its last connect, as under iptables', async t => {
+	const world = World.create(t);
+	const far = world.pod('far', {more: ['10.77.0.170']});
+	const theirs = world.pod('iptables');
+	const ours = world.pod('sidestep');
+	await far.server(`${far.ipv4}:8080`, '10.77.0.170:8080', `[${far.ipv6}]:8080`);
+	for (const pod of [theirs, ours]) {
+		await pod.server('127.0.0.1:8081', '[::1]:8081');
+		// No proxy for IPv6: refused by the stack.
+		await pod.proxy(['--listen', `0.0.0.0:${PROXY_PORT}`, '--mark', String(PROXY_MARK), '--brief']);
+	}
+
+	captureByIptables(theirs);
+	await captureBySidestep(ours);
+	const lists = [
+		[`${far.ipv4} 8080`, 'unspec', '127.0.0.1 8081', 'unspec', '10.77.0.170 8080', '10.77.0.170 8080'],
+		[`${far.ipv6} 8080`, '::1 8081', 'unspec', `${far.ipv6} 8080`, 'unspec', '::1 8081'],
+	];
+	const [reference, mine] = [theirs, ours].map(pod => pod.must(process.execPath, CHILD, JSON.stringify(lists)).trim().split('\n').map(line => JSON.parse(line) as string[]));
+	t.deepEqual(reference, [
+		[`ok ${far.ipv4}`, 'ok ENOTCONN', 'ok 127.0.0.1', 'ok ENOTCONN', 'ok 10.77.0.170', 'EISCONN 10.77.0.170'],
+		['ECONNREFUSED ENOTCONN', 'ok ::1', 'ok ENOTCONN', 'ECONNREFUSED ENOTCONN', 'ok ENOTCONN', 'ok ::1'],
+	]);
+	t.deepEqual(mine, reference);
+	t.deepEqual(world.json('map', 'dump', 'handshakes'), []);
 });
 
 test('a pod without IPv6 gets ENETUNREACH for IPv6, as it does without capture', async t => {
