@@ -1,7 +1,7 @@
 /**
 The only place that wires the parts together: `sidestep run`.
 */
-import {readFileSync, watch, type FSWatcher} from 'node:fs';
+import {readFileSync, statSync, watch, type FSWatcher} from 'node:fs';
 import path from 'node:path';
 import {parsePodsFile, type PodSpec} from './config/pods-file.js';
 import {HostError, InputError, reasonOf} from './errors.js';
@@ -143,6 +143,11 @@ function reportFailures(round: Round, reported: Map<string, string>, log: (line:
 function readPodsFile(file: string): readonly PodSpec[] {
 	let text: string;
 	try {
+		// Reading a fifo would wait for its writer.
+		if (!statSync(file).isFile()) {
+			throw new TypeError('it is not a regular file');
+		}
+
 		text = readFileSync(file, 'utf8');
 	} catch (error) {
 		throw new InputError(file, `cannot be read (${reasonOf(error)})`, {cause: error});

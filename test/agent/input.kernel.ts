@@ -35,6 +35,49 @@ test('a malformed pods file: the agent does not start', async t => {
 	t.is(attached(world), 0);
 });
 
+test('a pods file that is missing, a directory or a fifo: the agent does not start', async t => {
+	const world = World.create(t);
+	for (const [make, message] of [[[], /ENOENT/], [['mkdir'], /not a regular file/], [['mkfifo'], /not a regular file/]] as const) {
+		for (const command of make) {
+			run('rm', ['-rf', world.podsFile]);
+			run(command, [world.podsFile]);
+		}
+
+		const {code, stderr} = await fails(world.startAgent());
+		t.is(code, 2);
+		t.regex(stderr, message);
+	}
+
+	t.true(nothingIsLoaded(world));
+});
+
+test('a pods file that is replaced by rename, or through a symbolic link as in a mounted ConfigMap, is read again', async t => {
+	const world = World.create(t);
+	const pod = world.pod('pod');
+	const write = (directory: string, pods: readonly object[]) => {
+		mkdirSync(path.join(world.directory, directory));
+		writeFileSync(path.join(world.directory, directory, 'pods.yaml'), JSON.stringify({pods}));
+	};
+
+	write('one', []);
+	write('two', [podEntry(pod)]);
+	const link = (target: string, name: string) => run('ln', ['-sfT', target, path.join(world.directory, name)]);
+	link('one', '..data');
+	link('..data/pods.yaml', 'pods.yaml');
+	const agent = world.startAgent();
+	await agent.ready();
+	link('two', '..tmp');
+	run('mv', ['-T', path.join(world.directory, '..tmp'), path.join(world.directory, '..data')]);
+	await agent.says(/enrol test\/pod/);
+	run('rm', [world.podsFile]);
+	await agent.says(/cannot be read .*the last good pods file stays in force/);
+	t.is(world.json<unknown[]>('pods').length, 1);
+	writeFileSync(path.join(world.directory, 'new'), 'pods: []');
+	run('mv', [path.join(world.directory, 'new'), world.podsFile]);
+	await agent.says(/remove test\/pod/);
+	t.pass();
+});
+
 test('a pods file that becomes malformed: the last good one stays in force', async t => {
 	const world = World.create(t);
 	const pod = world.pod('pod');
