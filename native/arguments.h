@@ -1,10 +1,12 @@
 // Checked arguments: wrong ones throw TypeError or RangeError before any system call.
 #pragma once
 
+#include <arpa/inet.h>
 #include <napi.h>
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <string>
 
 struct Bytes {
@@ -58,6 +60,13 @@ inline int64_t IntegerArgumentOr(const Napi::CallbackInfo& info, size_t index, c
 	return info[index].IsUndefined() ? otherwise : IntegerArgument(info, index, name);
 }
 
+inline Napi::Object ObjectArgument(const Napi::CallbackInfo& info, size_t index, const char* name) {
+	if (!info[index].IsObject()) {
+		throw Napi::TypeError::New(info.Env(), std::string("Expected `") + name + "` to be an object");
+	}
+	return info[index].As<Napi::Object>();
+}
+
 inline int FdArgument(const Napi::CallbackInfo& info, size_t index, const char* name) {
 	return static_cast<int>(IntegerArgument(info, index, name, 0, INT32_MAX));
 }
@@ -69,3 +78,25 @@ inline Napi::Uint8Array CopyBytes(Napi::Env env, const void* data, size_t size) 
 	}
 	return copy;
 }
+
+/* An IPv4 or IPv6 address, network order. A copy: reading the next property of the same object may run JS that takes the bytes away. */
+struct IpAddress {
+	size_t size;
+	uint8_t bytes[16];
+
+	static IpAddress Of(Napi::Env env, Napi::Value value) {
+		Bytes given = BytesOf(env, value, "address");
+		if (given.size != 4 && given.size != 16) {
+			throw Napi::RangeError::New(env, "Expected `address` to have 4 or 16 bytes, got " + std::to_string(given.size));
+		}
+		IpAddress address{given.size, {}};
+		memcpy(address.bytes, given.data, given.size);
+		return address;
+	}
+
+	uint8_t family() const { return size == 4 ? AF_INET : AF_INET6; }
+	std::string Text() const {
+		char text[INET6_ADDRSTRLEN] = "";
+		return inet_ntop(family(), bytes, text, sizeof(text));
+	}
+};

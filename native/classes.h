@@ -5,6 +5,8 @@
 #include <bpf/libbpf.h>
 #include <napi.h>
 
+#include <functional>
+
 #include "handle.h"
 
 class Map : public Napi::ObjectWrap<Map>, public FdHandle {
@@ -102,6 +104,15 @@ class Object : public Napi::ObjectWrap<Object>, public Handle {
 	std::string name_;
 };
 
+/* An fd or 0, or a positive errno and the call that gave it: for threads that cannot throw to JS. */
+struct Outcome {
+	int fd = -1;
+	int error = 0;
+	const char* syscall = "";
+
+	static Outcome Of(int result, const char* syscall) { return result < 0 ? Outcome{-1, errno, syscall} : Outcome{result, 0, syscall}; }
+};
+
 class NetNs : public Napi::ObjectWrap<NetNs>, public FdHandle {
  public:
 	static Napi::Function Define(Napi::Env env);
@@ -115,10 +126,22 @@ class NetNs : public Napi::ObjectWrap<NetNs>, public FdHandle {
 	Napi::Value Inode(const Napi::CallbackInfo& info);
 	Napi::Value Cookie(const Napi::CallbackInfo& info);
 	Napi::Value Socket(const Napi::CallbackInfo& info);
+	Napi::Value Interfaces(const Napi::CallbackInfo& info);
 	Napi::Value Addresses(const Napi::CallbackInfo& info);
+	Napi::Value Routes(const Napi::CallbackInfo& info);
 	Napi::Value LocalRoutes(const Napi::CallbackInfo& info);
+	Napi::Value Rules(const Napi::CallbackInfo& info);
 	Napi::Value SetUp(const Napi::CallbackInfo& info);
+	Napi::Value ChangeRule(const Napi::CallbackInfo& info);
+	Napi::Value ChangeLocalRoute(const Napi::CallbackInfo& info);
+	Napi::Value ChangeAddress(const Napi::CallbackInfo& info);
+	Napi::Value Sysctl(const Napi::CallbackInfo& info);
+	Napi::Value SetSysctl(const Napi::CallbackInfo& info);
+	Napi::Value RunIterator(const Napi::CallbackInfo& info);
+	Napi::Value DestroyTcpSocket(const Napi::CallbackInfo& info);
 	Napi::Value Close(const Napi::CallbackInfo& info);
+	/* Runs `act` in the namespace, on a thread of its own; throws what it gives, about `what`. */
+	int Inside(Napi::Env env, const std::string& what, const std::function<Outcome()>& act) const;
 	int SocketInside(Napi::Env env, int family, int type, int protocol) const;
 	uint64_t device_ = 0, inode_ = 0;
 };

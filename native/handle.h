@@ -2,6 +2,7 @@
 #pragma once
 
 #include <napi.h>
+#include <unistd.h>
 
 #include <list>
 #include <memory>
@@ -19,6 +20,16 @@ class Registry {
 	bool ending = false;
 	/* Newest first: a link goes before its program, a ring buffer before its map. */
 	void CloseAll();
+};
+
+/* An fd that is closed with the scope. */
+struct OwnedFd {
+	const int fd;
+
+	explicit OwnedFd(int fd) : fd(fd) {}
+	~OwnedFd() { close(fd); }
+	OwnedFd(const OwnedFd&) = delete;
+	OwnedFd& operator=(const OwnedFd&) = delete;
 };
 
 /* An fd on its way into the JS object that will own it. */

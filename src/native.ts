@@ -197,6 +197,54 @@ export interface NetNs {
 	localRoutes(): ReadonlyArray<{readonly family: 4 | 6; readonly address: Uint8Array; readonly prefixLength: number; readonly type: number}>;
 	/** Sets an interface up (RTM_NEWLINK, IFF_UP). */
 	setUp(interfaceName: string): void;
+	/** RTM_GETLINK: every interface. */
+	interfaces(): ReadonlyArray<{readonly index: number; readonly name: string; readonly isLoopback: boolean; readonly isUp: boolean}>;
+	/**
+	RTM_GETROUTE, both families, every table; cached (cloned) routes are left out. `type` is RTN_* (1 unicast, 2 local, 6 blackhole, 7 unreachable, 8 prohibit);
+	`interfaceIndex` is RTA_OIF, or that of the first next hop; 0 when it has none.
+	*/
+	routes(): ReadonlyArray<{readonly family: 4 | 6; readonly table: number; readonly type: number; readonly address: Uint8Array; readonly prefixLength: number; readonly interfaceIndex: number; readonly metric: number}>;
+	/** RTM_GETRULE, both families. `mark` and `mask` are 0 for rules without fwmark; `table` is 0 for rules that do not look one up. */
+	rules(): ReadonlyArray<{readonly family: 4 | 6; readonly priority: number; readonly table: number; readonly mark: number; readonly mask: number}>;
+	/**
+	`ip rule add|del fwmark MARK/MASK pref PRIORITY lookup TABLE`. `table`, `mark` and `mask` are at least 1: to the kernel 0 is any, and a delete
+	could take its own rules.
+	@returns false when it was there already (EEXIST), or was not there to delete (ENOENT).
+	*/
+	changeRule(change: 'add' | 'delete', rule: {readonly family: 4 | 6; readonly priority: number; readonly table: number; readonly mark: number; readonly mask: number}): boolean;
+	/**
+	`ip route add|del local ADDRESS/BITS dev INTERFACE table TABLE` (RTN_LOCAL, scope host). `address` has 4 or 16 bytes, `table` is at least 1.
+	A delete takes an IPv6 route of another type too, if prefix, interface and table are the same: the kernel does not look. ENODEV without the interface.
+	@returns false when it was there already (EEXIST), or was not there to delete (ESRCH).
+	*/
+	changeLocalRoute(change: 'add' | 'delete', route: {readonly address: Uint8Array; readonly prefixLength: number; readonly interfaceName: string; readonly table: number}): boolean;
+	/**
+	`ip addr add|del ADDRESS/BITS dev INTERFACE`, IPv6 without duplicate address detection. ENODEV without the interface.
+	@returns false when it was there already (EEXIST), or was not there to delete (EADDRNOTAVAIL).
+	*/
+	changeAddress(change: 'add' | 'delete', address: {readonly address: Uint8Array; readonly prefixLength: number; readonly interfaceName: string}): boolean;
+	/**
+	A sysctl of the namespace, e.g. `net/ipv4/fwmark_reflect` below `procDirectory`/sys; read on a thread inside the namespace, as /proc/sys/net shows the
+	namespace of who looks. Works through any writable mount of the host's /proc. ENOENT when the kernel does not have it; RangeError for a `name` that leads out.
+	@returns its text without the newline.
+	*/
+	sysctl(procDirectory: string, name: string): string;
+	/** Writes it, in the same way. EINVAL when the kernel refuses the value. */
+	setSysctl(procDirectory: string, name: string, value: string): void;
+	/**
+	Runs an iterator program (`iter/tcp`) once inside the namespace: BPF_ITER_CREATE on a link of its own, read to the end. E2BIG when it writes more than
+	32 KiB for one socket.
+	@returns what it wrote by bpf_seq_write.
+	*/
+	runIterator(program: BpfProgram): Uint8Array;
+	/**
+	SOCK_DESTROY (sock_diag; 4.5, CONFIG_INET_DIAG_DESTROY): the socket with exactly this local and remote address gets ECONNABORTED, its peer a reset. Addresses have 4
+	or 16 bytes, both the same; 4 bytes and their IPv4-mapped form name the same socket, of whichever family it is. Ports are in host order. EOPNOTSUPP when
+	the kernel cannot.
+	@returns false when there is no such socket: a listener and what TIME_WAIT leaves are none, and one that is bound to a device (SO_BINDTODEVICE,
+	link-local addresses) is not found.
+	*/
+	destroyTcpSocket(local: {readonly address: Uint8Array; readonly port: number}, remote: {readonly address: Uint8Array; readonly port: number}): boolean;
 	close(): void;
 }
 
