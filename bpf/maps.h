@@ -6,8 +6,8 @@
 #include "lib/context.h"
 
 /*
- * BPF_F_NO_PREALLOC where only the agent adds entries: memory follows the number of pods. handshakes is written for every redirected
- * connection and is allocated up front: a connection never waits for, or fails for want of, an allocation.
+ * BPF_F_NO_PREALLOC where only the agent adds entries: memory follows the number of pods. What connections write (handshakes, passes,
+ * client_ports) is allocated up front: a connection never waits for, or fails for want of, an allocation.
  */
 
 struct {
@@ -52,6 +52,58 @@ struct {
 
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 262144);
+	__type(key, struct port_key);
+	__type(value, struct port);
+} ports SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LPM_TRIE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, struct address_key);
+	__type(value, __u64);
+} addresses SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 32768);
+	__type(key, struct pass_key);
+	__type(value, struct pass);
+} passes SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKHASH);
+	__uint(max_entries, 65536);
+	__type(key, struct listener_key);
+	__type(value, __u64);
+} listeners SEC(".maps");
+
+/* A listener's slot in `listeners`, plus one: what is found again by walking the sockets is already there. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, __u32);
+} listener_slots SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 65536);
+	__type(key, struct client_port_key);
+	__type(value, struct client_port);
+} client_ports SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct node);
+} node SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 32768);
 	__type(key, struct handshake_key);
 	__type(value, struct original_dst);
@@ -74,7 +126,13 @@ struct {
 /* Puts the enums that no map's type mentions into BTF. */
 const enum layout anchor_layout __attribute__((used)) = LAYOUT_VERSION;
 const enum reason anchor_reason __attribute__((used)) = REASON_REDIRECTED;
-const enum pod_flags anchor_pod_flags __attribute__((used)) = POD_EXEMPT_UIDS;
+const enum pod_flags anchor_pod_flags __attribute__((used)) = POD_SIDECAR;
+const enum prefix_flags anchor_prefix_flags __attribute__((used)) = PREFIX_LOCAL;
+const enum port_flags anchor_port_flags __attribute__((used)) = PORT_OUTBOUND_EXCLUDED;
+const enum namespace_change anchor_namespace_change __attribute__((used)) = NAMESPACE_RULE4;
+const enum role anchor_role __attribute__((used)) = ROLE_CLIENT;
+const struct question anchor_question __attribute__((used)) = {};
+const struct socket_record anchor_socket_record __attribute__((used)) = {};
 
 static __always_inline void count(__u64 netns, enum reason reason)
 {

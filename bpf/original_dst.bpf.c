@@ -6,9 +6,14 @@
  *   SYN                source port is chosen: into handshakes        TCP_CONNECT_CB
  *   proxy established  out of handshakes, with the accepted socket   PASSIVE_ESTABLISHED_CB, before accept(2) returns it
  *   SO_ORIGINAL_DST    answered from there                           cgroup/getsockopt
+ *
+ * A steered connection brings its destination along as the accepted socket's own address. What else sockops see (listeners, passes, ports
+ * of clients) is for inbound.bpf.c and source.bpf.c.
  */
 #include "maps.h"
 #include "lib/address.h"
+#include "lib/client_ports.h"
+#include "lib/decide.h"
 
 struct endpoints {
 	struct address local;
@@ -62,14 +67,63 @@ static __always_inline struct original_dst *original_of(struct bpf_sock_ops *ctx
 	return original && original->role == role ? original : NULL;
 }
 
+static __always_inline void watch_close(struct bpf_sock_ops *ctx)
+{
+	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
+static __always_inline void pass_of_client(const struct endpoints *ends, struct pass_key *key)
+{
+	key->client = ends->local;
+	key->server = ends->remote;
+	key->client_port = bpf_htons(ends->local_port);
+	key->server_port = bpf_htons(ends->remote_port);
+}
+
+/* A connection to a pod that starts on this node: if it is not to be steered, the pod's side has to know before its SYN arrives. */
+static __always_inline void note_pass(struct bpf_sock_ops *ctx)
+{
+	__u64 netns = bpf_get_netns_cookie(ctx), server;
+	struct pass pass = {.reason = REASON_INBOUND_BYPASS_NODE};
+	struct pass_key key = {};
+	struct endpoints ends;
+	struct node *this_node;
+	__u32 zero = 0;
+	struct pod *pod;
+
+	endpoints_of(ctx, &ends);
+	server = pod_at(&ends.remote);
+	pod = bpf_map_lookup_elem(&pods, &server);
+	if (!pod)
+		return;
+	if (server == netns) {
+		/* Its source would say so itself. */
+		if (is_loopback(&ends.local) || pod_at(&ends.local) == netns)
+			return;
+		pass.reason = REASON_INBOUND_BYPASS_OWN;
+		if (pod->flags & POD_KEEP_SOURCE)
+			hold_client_port(netns, &ends.local, ends.local_port, FOREVER_NS);
+	} else {
+		this_node = bpf_map_lookup_elem(&node, &zero);
+		if (!(pod->flags & POD_PASS_NODE) || !this_node || this_node->netns != netns)
+			return;
+	}
+	pass_of_client(&ends, &key);
+	if (bpf_map_update_elem(&passes, &key, &pass, BPF_ANY))
+		count(server, REASON_PASS_LOST);
+	watch_close(ctx);
+}
+
 static __always_inline void on_connect(struct bpf_sock_ops *ctx)
 {
 	struct original_dst *original = original_of(ctx, ROLE_CLIENT);
 	struct original_dst handed;
 	struct handshake_key key;
 
-	if (!original)
+	if (!original) {
+		note_pass(ctx);
 		return;
+	}
 	handshake_of_client(ctx, original, &key);
 	handed = *original;
 	handed.role = ROLE_PROXY;
@@ -77,7 +131,33 @@ static __always_inline void on_connect(struct bpf_sock_ops *ctx)
 		count(original->netns, REASON_ORIGINAL_DST_LOST);
 
 	/* To take the entry back if the proxy never gets to it. */
-	bpf_sock_ops_cb_flags_set(ctx, ctx->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+	watch_close(ctx);
+}
+
+/* Was this connection steered? The question that the way in was decided by, asked again: its answer is the same while the connection is being made. */
+static __always_inline void on_accept_steered(struct bpf_sock_ops *ctx, struct bpf_sock *sk, __u64 netns, const struct endpoints *ends)
+{
+	struct pod *pod = bpf_map_lookup_elem(&pods, &netns);
+	struct original_dst steered = {.role = ROLE_PROXY, .in_pod = 1, .netns = netns};
+	struct flow flow = {.netns = netns, .protocol = IPPROTO_TCP};
+
+	if (!pod || !(pod->flags & POD_INBOUND))
+		return;
+	flow.source = ends->remote;
+	flow.destination = ends->local;
+	flow.source_port = bpf_htons(ends->remote_port);
+	flow.destination_port = bpf_htons(ends->local_port);
+	if (decide_inbound(pod, &flow) != REASON_STEERED)
+		return;
+
+	steered.address = ends->local;
+	steered.port = flow.destination_port;
+	if (!bpf_sk_storage_get(&original_dsts, sk, &steered, BPF_SK_STORAGE_GET_F_CREATE))
+		count(netns, REASON_ORIGINAL_DST_LOST);
+	if (pod->flags & POD_KEEP_SOURCE && is_given_out(ends->remote_port)) {
+		hold_client_port(netns, &ends->remote, ends->remote_port, FOREVER_NS);
+		watch_close(ctx);
+	}
 }
 
 static __always_inline void on_accept(struct bpf_sock_ops *ctx)
@@ -98,10 +178,14 @@ static __always_inline void on_accept(struct bpf_sock_ops *ctx)
 
 	handed = bpf_map_lookup_elem(&handshakes, &key);
 	if (!handed) {
+		__u64 netns = key.netns;
+
 		key.netns = 0;
 		handed = bpf_map_lookup_elem(&handshakes, &key);
-		if (!handed)
+		if (!handed) {
+			on_accept_steered(ctx, sk, netns, &ends);
 			return;
+		}
 	}
 
 	original = bpf_sk_storage_get(&original_dsts, sk, handed, BPF_SK_STORAGE_GET_F_CREATE);
@@ -112,6 +196,30 @@ static __always_inline void on_accept(struct bpf_sock_ops *ctx)
 	bpf_map_delete_elem(&handshakes, &key);
 }
 
+/* A port of a client is free again when no socket of its connection is left in TIME_WAIT. */
+static __always_inline void free_client_port(struct bpf_sock_ops *ctx, __u64 netns, const struct address *client, __u16 port)
+{
+	bool at_once = ctx->args[0] == TCP_LAST_ACK || ctx->args[0] == TCP_SYN_SENT;
+
+	hold_client_port(netns, client, port, at_once ? 0 : bpf_ktime_get_boot_ns() + TIME_WAIT_NS);
+}
+
+static __always_inline void on_close(struct bpf_sock_ops *ctx)
+{
+	__u64 netns = bpf_get_netns_cookie(ctx);
+	struct pass_key key = {};
+	struct endpoints ends;
+
+	endpoints_of(ctx, &ends);
+	if (original_of(ctx, ROLE_PROXY)) {
+		free_client_port(ctx, netns, &ends.remote, ends.remote_port);
+		return;
+	}
+	pass_of_client(&ends, &key);
+	if (!bpf_map_delete_elem(&passes, &key) && pod_at(&ends.remote) == netns)
+		free_client_port(ctx, netns, &ends.local, ends.local_port);
+}
+
 static __always_inline void on_state(struct bpf_sock_ops *ctx)
 {
 	struct original_dst *original;
@@ -120,8 +228,10 @@ static __always_inline void on_state(struct bpf_sock_ops *ctx)
 	if (ctx->args[1] != TCP_CLOSE)
 		return;
 	original = original_of(ctx, ROLE_CLIENT);
-	if (!original)
+	if (!original) {
+		on_close(ctx);
 		return;
+	}
 	handshake_of_client(ctx, original, &key);
 	bpf_map_delete_elem(&handshakes, &key);
 	if (ctx->args[0] == TCP_SYN_SENT)
@@ -141,6 +251,9 @@ int handshake(struct bpf_sock_ops *ctx)
 		break;
 	case BPF_SOCK_OPS_STATE_CB:
 		on_state(ctx);
+		break;
+	case BPF_SOCK_OPS_TCP_LISTEN_CB:
+		on_listen(ctx);
 		break;
 	}
 	return 1;
@@ -174,7 +287,7 @@ int original_dst(struct bpf_sockopt *ctx)
 	if (!sk)
 		return 1;
 	original = bpf_sk_storage_get(&original_dsts, sk, NULL, 0);
-	if (!original || is_ipv4(&original->address) != (ctx->level == SOL_IP))
+	if (!original || original->role == ROLE_RESOLVER || is_ipv4(&original->address) != (ctx->level == SOL_IP))
 		return 1;
 
 	if (ctx->level == SOL_IP) {

@@ -13,6 +13,8 @@ import {PinLayout} from './loader/paths.js';
 import {requireWorkingCapture} from './loader/probes.js';
 import {Metrics} from './metrics/metrics.js';
 import {serveMetrics, type Health} from './metrics/server.js';
+import {native, type NetNs} from './native.js';
+import {openNodeNetns} from './pods/facts.js';
 import {reconcile, type Round} from './pods/reconcile.js';
 
 export interface AgentOptions {
@@ -26,6 +28,10 @@ export interface AgentOptions {
 	/** How often the kernel is compared with the pods file although nothing was heard. */
 	readonly resyncMs: number;
 	readonly maxPods: number;
+	/** The node's own namespace, whose processes' connections to pods pass as probes; process 1's by default. */
+	readonly nodeNetns?: string | undefined;
+	/** See {@link reconcile}. */
+	readonly resetOlder: boolean;
 	readonly log: (line: string) => void;
 	readonly signal: AbortSignal;
 }
@@ -76,6 +82,7 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 		const {maxPods} = options;
 		const loaded = load(lock, {cgroup, maxEntries: {pods: maxPods, pod_info: maxPods, counters: maxPods}});
 		datapath = loaded.datapath;
+		datapath.maps.node.set(0, {...datapath.maps.node.get(0)!, netns: nodeCookie(options)});
 		metrics = new Metrics(datapath);
 		log(`programs ${loaded.how} at ${datapath.layout.current}, attached to ${cgroup}`);
 		const capacity = datapath.rawMaps.get('pods')!.info().maxEntries;
@@ -87,6 +94,7 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 
 		watcher = watchFile(options.podsFile, () => loop.wake());
 		const reported = new Map<string, string>();
+		const wishes = new Set<string>();
 		await loop.run(options.signal, changedAt => {
 			try {
 				specs = readPodsFile(options.podsFile);
@@ -102,7 +110,7 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 
 			const started = performance.now();
 			try {
-				last = reconcile(datapath!, specs, options.proc);
+				last = reconcile(datapath!, specs, options);
 			} catch (error) {
 				metrics!.recordError('round');
 				log(`this round failed (${reasonOf(error)}): trying again in ${options.resyncMs} ms`);
@@ -110,6 +118,7 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 			}
 
 			metrics!.recordRound(last, performance.now() - started, changedAt === undefined ? undefined : performance.now() - changedAt);
+			reportWishes(specs, wishes, log);
 			for (const change of last.changes) {
 				log(change);
 			}
@@ -123,6 +132,36 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 		server?.closeAllConnections();
 		datapath?.close();
 		lock.release();
+	}
+}
+
+function nodeCookie({nodeNetns, proc}: AgentOptions): bigint {
+	let netns: NetNs;
+	try {
+		netns = nodeNetns === undefined ? openNodeNetns(proc) : native.openNetns(nodeNetns);
+	} catch (error) {
+		throw new HostError(`the node's own network namespace cannot be opened (${reasonOf(error)})`, 'give it by --node-netns, or the host\'s /proc by --proc', {cause: error});
+	}
+
+	try {
+		return netns.cookie();
+	} finally {
+		netns.close();
+	}
+}
+
+/** What is said about pods that are left alone, or whose labels and annotations are odd: once, until it changes. */
+function reportWishes(specs: readonly PodSpec[], reported: Set<string>, log: (line: string) => void): void {
+	const lines = new Set(specs.flatMap(({name, wish}) => 'leave' in wish ? [`pod ${name} is not captured: ${wish.leave}`] : 'warnings' in wish ? wish.warnings : []));
+	for (const line of lines) {
+		if (!reported.has(line)) {
+			log(line);
+		}
+	}
+
+	reported.clear();
+	for (const line of lines) {
+		reported.add(line);
 	}
 }
 

@@ -20,15 +20,22 @@
 /* From headers that do not compile for the bpf target, or clash with the ones above. */
 #define AF_INET 2
 #define AF_INET6 10
+#define SOL_SOCKET 1
+#define SO_MARK 36
 #define IPPROTO_TCP 6
+#define IPPROTO_UDP 17
 #define IPPROTO_MPTCP 262
 #define SOL_IP 0
 #define SOL_IPV6 41
 #define SO_ORIGINAL_DST 80
+#define TCP_ESTABLISHED 1
 #define TCP_SYN_SENT 2
 #define TCP_CLOSE 7
+#define TCP_LAST_ACK 9
+#define TCP_LISTEN 10
 #define ENETUNREACH 101
 #define ECONNREFUSED 111
+#define ENOENT 2
 #define ENOMEM 12
 #define EINVAL 22
 #define EADDRNOTAVAIL 99

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Dual MIT/GPL */
-/* Whose connections are left alone: the questions of iptables' mark, owner and cgroup matches. */
+/* Who connects: what iptables' mark, owner and cgroup matches look at. */
 #ifndef SIDESTEP_EXEMPT_H
 #define SIDESTEP_EXEMPT_H
 
@@ -15,7 +15,8 @@ struct owner {
 
 /*
  * The owner match looks at who made the socket, not at who connects it (net/netfilter/xt_owner.c: sk_socket->file->f_cred, fsuid and
- * fsgid). A socket without a file, or MPTCP (whose file hangs on another socket), is taken as its current user's.
+ * fsgid). A socket without a file, MPTCP (whose file hangs on another socket) and UDP (which no helper gives the kernel's view of) are
+ * taken as their current user's.
  */
 static __always_inline struct owner owner_of(struct bpf_sock *sk)
 {
@@ -54,7 +55,7 @@ static __always_inline bool has_exempt_mark(const struct pod *pod, __u32 mark)
 }
 
 /* The connecting task's cgroup or one above it. */
-static __always_inline bool has_exempt_cgroup(const struct pod *pod)
+static __always_inline bool in_exempt_cgroup(const struct pod *pod)
 {
 	for (int level = 0; level < CGROUP_LEVELS; level++) {
 		if (!(pod->exempt_cgroup_levels & (1U << level)))

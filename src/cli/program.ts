@@ -1,17 +1,19 @@
 import {Argument, Command, CommanderError, InvalidArgumentError, Option} from 'commander';
 import {runAgent} from '../agent.js';
-import {AgentError, reasonOf} from '../errors.js';
+import {AgentError, NotLoadedError, reasonOf} from '../errors.js';
 import {Datapath, PROGRAMS, openDatapath, unload} from '../loader/datapath.js';
 import {DEFAULT_BPFFS, isBpffs, requireCapabilities} from '../loader/host.js';
 import {isAgentRunning, takeWriterLock} from '../loader/lock.js';
 import {openObject, packageVersion} from '../loader/object.js';
 import {PinLayout} from '../loader/paths.js';
 import {checkHost} from '../loader/probes.js';
-import {MAP_NAMES, type MapName} from '../maps/schema.js';
+import {canonicalAddress, isIpv4Address} from '../maps/address.js';
+import {MAP_NAMES, SOCKET_STORAGE, type MapName} from '../maps/schema.js';
+import {restoreNamespaces} from '../pods/reconcile.js';
 import {parseListenAddress} from '../metrics/server.js';
 import type {Environment} from './environment.js';
 import {outputOption, toJson, toTable, type OutputFormat, type Row} from './format.js';
-import {describePods, dumpMap, listMaps, statusRows} from './read.js';
+import {describePods, dumpMap, explain, findPods, listMaps, podSockets, statusRows} from './read.js';
 
 const EXIT_FAILED = 1;
 const EXIT_MISUSE = 2;
@@ -47,6 +49,7 @@ export async function main(argv: readonly string[], environment: Environment): P
 function createProgram({stdout, stderr, signal}: Environment, setCode: (code: number) => void): Command {
 	const bpffs = () => new Option('--bpffs <directory>', 'bpf file system that holds the pins').env('SIDESTEP_BPFFS').default(DEFAULT_BPFFS);
 	const cgroup = () => new Option('--cgroup <directory>', 'cgroup v2 directory to attach to (default: its root)').env('SIDESTEP_CGROUP');
+	const proc = () => new Option('--proc <directory>', 'the host\'s /proc').env('SIDESTEP_PROC').default('/proc');
 	const show = (format: OutputFormat, rows: readonly Row[], emptyText: string) => {
 		stdout(format === 'json' ? toJson(rows) : toTable(rows, emptyText));
 	};
@@ -73,12 +76,14 @@ function createProgram({stdout, stderr, signal}: Environment, setCode: (code: nu
 		.requiredOption('--pods-file <file>', 'which pods to enrol (YAML); watched for changes')
 		.addOption(bpffs())
 		.addOption(cgroup())
-		.addOption(new Option('--proc <directory>', 'the host\'s /proc').env('SIDESTEP_PROC').default('/proc'))
+		.addOption(proc())
+		.addOption(new Option('--node-netns <file>', 'the node\'s own network namespace, whose probes pass (default: process 1\'s)').env('SIDESTEP_NODE_NETNS'))
+		.option('--reset-older', 'abort connections that are older than their pod\'s enrolment, as iptables would', false)
 		.addOption(new Option('--metrics-address <address:port>', 'where /metrics, /healthz and /readyz are served').env('SIDESTEP_METRICS_ADDRESS').default('127.0.0.1:9478'))
 		.option('--resync <ms>', 'compare with the kernel this often, although nothing changed', integer(100, 3_600_000), 10_000)
 		.option('--max-pods <number>', 'capacity of the maps, when they are made', integer(1, 1_000_000), 1024)
 		.addHelpText('after', '\nExample:\n  sidestep run --pods-file /etc/sidestep/pods.yaml\n\nSIGTERM and SIGINT stop the agent and leave capture in place.')
-		.action(async (options: {podsFile: string; bpffs: string; cgroup?: string; proc: string; metricsAddress: string; resync: number; maxPods: number}) => {
+		.action(async (options: {podsFile: string; bpffs: string; cgroup?: string; proc: string; metricsAddress: string; resync: number; maxPods: number; nodeNetns?: string; resetOlder: boolean}) => {
 			await runAgent({
 				podsFile: options.podsFile,
 				bpffs: options.bpffs,
@@ -87,6 +92,8 @@ function createProgram({stdout, stderr, signal}: Environment, setCode: (code: nu
 				metrics: parseListenAddress(options.metricsAddress, '--metrics-address'),
 				resyncMs: options.resync,
 				maxPods: options.maxPods,
+				nodeNetns: options.nodeNetns,
+				resetOlder: options.resetOlder,
 				log(line) {
 					stderr(`${new Date().toISOString()} ${line}\n`);
 				},
@@ -140,12 +147,60 @@ function createProgram({stdout, stderr, signal}: Environment, setCode: (code: nu
 			if (options.output === 'json') {
 				stdout(toJson(pods));
 			} else if (name === undefined) {
-				show('table', pods.map(({reasons: _, exempt: __, enrolledAt: ___, ...row}) => row), 'no pod is enrolled');
+				show('table', pods.map(({reasons: _, exempt: __, enrolledAt: ___, flags: ____, ...row}) => row), 'no pod is enrolled');
 			} else {
 				const {reasons, ...facts} = pods[0]!;
 				stdout(Object.entries(facts).map(([key, value]) => `${key}: ${typeof value === 'object' ? JSON.stringify(value) : String(value)}\n`).join(''));
 				stdout(`\n${toTable(Object.entries(reasons).map(([reason, connections]) => ({reason, connections})), 'no counters')}`);
 			}
+		}));
+
+	program.command('sockets')
+		.description('TCP sockets of enrolled pods: captured or not, and what would become of each if it were made now')
+		.argument('[name]', 'one pod')
+		.option('--missed', 'only those that would be captured now and are not: older than their pod\'s enrolment', false)
+		.option('--reset', 'abort those that are missed: applications reconnect, and are captured', false)
+		.addOption(proc())
+		.addOption(bpffs())
+		.addOption(outputOption())
+		.action(async (name: string | undefined, options: ReadOptions & {missed: boolean; reset: boolean; proc: string}) => read(options, datapath => {
+			const found = findPods(datapath, name).map(pod => podSockets(datapath, pod, {proc: options.proc, onlyMissed: options.missed || options.reset, reset: options.reset}));
+			show(options.output, found.flatMap(({rows}) => rows), 'no sockets');
+			if (options.reset) {
+				stderr(`reset ${found.reduce((sum, {reset}) => sum + reset, 0)} connections\n`);
+			}
+		}));
+
+	program.command('explain')
+		.description('what would become of a connection, by the same code and maps that decide about real ones')
+		.argument('<name>', 'the pod')
+		.requiredOption('--to <address:port>', 'its destination', endpoint)
+		.option('--from <address:port>', 'its source, if it is bound; for --in the client', endpoint)
+		.option('--in', 'it comes from outside to the pod', false)
+		.option('--udp', 'DNS over UDP', false)
+		.option('--uid <number>', 'who made the socket', integer(0, 0xff_ff_ff_fe), 0)
+		.option('--gid <number>', 'with which group', integer(0, 0xff_ff_ff_fe), 0)
+		.option('--mark <number>', 'SO_MARK', integer(0, 0xff_ff_ff_ff), 0)
+		.addOption(bpffs())
+		.addOption(outputOption())
+		.addHelpText('after', '\nExample:\n  sidestep explain shop/web --to 10.96.0.10:443 --uid 1000\n\nProbes of the node pass by a note that exists only while they run, so --in does not show them.')
+		.action(async (name: string, options: ReadOptions & {to: Endpoint; from?: Endpoint; in: boolean; udp: boolean; uid: number; gid: number; mark: number}) => read(options, datapath => {
+			const [pod] = findPods(datapath, name);
+			const {outbound, inbound} = explain(datapath, {
+				netns: pod!.cookie,
+				source: options.from?.address ?? '',
+				destination: options.to.address,
+				sourcePort: options.from?.port ?? 0,
+				destinationPort: options.to.port,
+				protocol: options.udp ? 17 : 6,
+				mark: options.mark,
+				uid: options.uid,
+				gid: options.gid,
+				interface: 0,
+				inExemptCgroup: 0,
+			});
+			const isOther = options.udp && (pod!.value.dnsPort === 0 || options.to.port !== 53);
+			show(options.output, [{pod: name, decision: isOther ? 'not tcp, nor captured dns' : options.in ? inbound ?? 'inbound is not captured' : outbound}], '');
 		}));
 
 	const map = program.command('map').description('the kernel\'s maps');
@@ -158,7 +213,7 @@ function createProgram({stdout, stderr, signal}: Environment, setCode: (code: nu
 		}));
 	map.command('dump')
 		.description('all entries of one map')
-		.addArgument(new Argument('<name>', 'the map').choices(MAP_NAMES.filter(name => name !== 'original_dsts')))
+		.addArgument(new Argument('<name>', 'the map').choices(MAP_NAMES.filter(name => !SOCKET_STORAGE.includes(name))))
 		.addOption(bpffs())
 		.addOption(outputOption())
 		.action(async (name: MapName, options: ReadOptions) => read(options, datapath => {
@@ -167,8 +222,9 @@ function createProgram({stdout, stderr, signal}: Environment, setCode: (code: nu
 
 	program.command('unload')
 		.description('take programs, maps and pins away: pods connect directly from then on')
+		.addOption(proc())
 		.addOption(bpffs())
-		.action((options: {bpffs: string}) => {
+		.action((options: {bpffs: string; proc: string}) => {
 			requireCapabilities();
 			if (!isBpffs(options.bpffs)) {
 				stdout('nothing is loaded\n');
@@ -179,6 +235,10 @@ function createProgram({stdout, stderr, signal}: Environment, setCode: (code: nu
 			opened.object.close();
 			const lock = takeWriterLock(new PinLayout(options.bpffs, opened.schema.layoutVersion));
 			try {
+				for (const problem of restoreLoaded(options)) {
+					stderr(`sidestep: ${problem.message}\n`);
+				}
+
 				stdout(unload(lock) ? `unloaded: ${PROGRAMS.length} programs are detached, all pins are gone\n` : 'nothing is loaded\n');
 			} finally {
 				lock.release();
@@ -186,6 +246,43 @@ function createProgram({stdout, stderr, signal}: Environment, setCode: (code: nu
 		});
 
 	return program;
+}
+
+/** What was changed inside pods' namespaces; of what cannot be opened, nothing is known. */
+function restoreLoaded({bpffs, proc}: {readonly bpffs: string; readonly proc: string}): readonly Error[] {
+	let datapath: Datapath;
+	try {
+		datapath = openDatapath(bpffs);
+	} catch (error) {
+		return error instanceof NotLoadedError ? [] : [error as Error];
+	}
+
+	try {
+		return restoreNamespaces(datapath, proc);
+	} finally {
+		datapath.close();
+	}
+}
+
+interface Endpoint {
+	readonly address: string;
+	readonly port: number;
+}
+
+/** 10.0.0.1:80, [fd00::1]:80 */
+function endpoint(text: string): Endpoint {
+	const match = /^(?:\[([^\]]+)]|([^:]+)):(\d{1,5})$/.exec(text);
+	const port = Number(match?.[3]);
+	try {
+		const address = canonicalAddress(match?.[1] ?? match?.[2] ?? '');
+		if (!match || port < 1 || port > 65_535 || address === '' || (match[2] !== undefined && !isIpv4Address(match[2]))) {
+			throw new TypeError('not an endpoint');
+		}
+
+		return {address, port};
+	} catch {
+		throw new InvalidArgumentError('Expected an address and a port, as 10.0.0.1:80 or [fd00::1]:80.');
+	}
 }
 
 function integer(low: number, high: number): (text: string) => number {

@@ -6,6 +6,8 @@ import {LineCounter, parseDocument} from 'yaml';
 import {InputError} from '../errors.js';
 import {canonicalAddress} from '../maps/address.js';
 import {MARKS_MAX, type Mark} from '../maps/schema.js';
+import {ISTIO_DEFAULTS, ambientCapture, decideEnrolment, sidecarCapture, type NodeDefaults, type PodMetadata} from '../redirect/annotations.js';
+import type {Capture} from '../redirect/capture.js';
 
 export interface PodSpec {
 	/** Unique; usually namespace/name. */
@@ -15,20 +17,14 @@ export interface PodSpec {
 	readonly pid?: number;
 	/** The pod's addresses; read from the namespace when left out. */
 	readonly ips?: readonly string[];
-	readonly mode: 'proxy';
-	readonly proxy: {
-		readonly port: number;
-		/** Where the proxy listens, at most one per family; the pod's own addresses when left out. A family that is left out is refused. */
-		readonly addresses?: readonly string[];
-	};
-	readonly exempt: {
-		readonly marks: readonly Mark[];
-		readonly uids: readonly number[];
-		readonly gids: readonly number[];
-		/** Absolute paths of cgroup v2 directories. */
-		readonly cgroups: readonly string[];
-	};
+	readonly wish: Wish;
 }
+
+/** What is to be done with the pod; a refusal concerns this pod only, and leaves it as it is. */
+export type Wish =
+	| {readonly capture: Capture; readonly warnings: readonly string[]}
+	| {readonly leave: string}
+	| {readonly refused: InputError};
 
 const NAME_MAX_BYTES = 319;
 const UINT32_MAX = 0xff_ff_ff_ff;
@@ -70,7 +66,7 @@ export function parsePodsFile(text: string, file: string): readonly PodSpec[] {
 }
 
 function parsePod(reader: Reader): PodSpec {
-	const pod = reader.object(['name', 'netns', 'pid', 'ips', 'mode', 'proxy', 'exempt']);
+	const pod = reader.object(['name', 'netns', 'pid', 'ips', 'mode', 'proxy', 'exempt', 'dns', 'labels', 'annotations', 'namespaceLabels']);
 	const name = pod.get('name').text();
 	if (Buffer.byteLength(name) > NAME_MAX_BYTES || !/^[\w.:/-]+$/.test(name)) {
 		pod.get('name').refuse(`expected letters, digits and any of . : / _ -, at most ${NAME_MAX_BYTES} of them`);
@@ -80,6 +76,21 @@ function parsePod(reader: Reader): PodSpec {
 		reader.refuse('expected exactly one of netns and pid');
 	}
 
+	const mode = pod.has('mode') ? pod.get('mode').oneOf(['proxy', 'ambient', 'sidecar', 'auto'] as const) : 'proxy';
+	const stranger = (mode === 'proxy' ? ['dns', 'labels', 'annotations', 'namespaceLabels'] : ['exempt']).find(key => pod.has(key));
+	if (stranger !== undefined) {
+		pod.get(stranger).refuse(`has no meaning in mode ${mode}`);
+	}
+
+	return {
+		name,
+		...(pod.has('netns') ? {netns: pod.get('netns').absolutePath()} : {pid: pod.get('pid').integer(1, 4_194_304)}),
+		...(pod.has('ips') ? {ips: addressPerFamily(pod.get('ips'))} : {}),
+		wish: mode === 'proxy' ? {capture: parseProxyCapture(pod), warnings: []} : wishOf(mode, name, pod),
+	};
+}
+
+function parseProxyCapture(pod: Fields): Capture {
 	const proxy = pod.get('proxy').object(['port', 'addresses']);
 	const port = proxy.get('port').integer(1, 65_535);
 	const exempt = pod.has('exempt') ? pod.get('exempt').object(['marks', 'uids', 'gids', 'cgroups']) : undefined;
@@ -90,18 +101,47 @@ function parsePod(reader: Reader): PodSpec {
 	}
 
 	return {
-		name,
-		...(pod.has('netns') ? {netns: pod.get('netns').absolutePath()} : {pid: pod.get('pid').integer(1, 4_194_304)}),
-		...(pod.has('ips') ? {ips: addressPerFamily(pod.get('ips'))} : {}),
-		mode: pod.has('mode') ? pod.get('mode').oneOf(['proxy'] as const) : 'proxy',
-		proxy: {port, ...(proxy.has('addresses') ? {addresses: addressPerFamily(proxy.get('addresses'))} : {})},
+		mode: 'proxy',
 		exempt: {
 			marks,
 			uids: exemptList('uids').map(item => item.integer(0, UINT32_MAX - 1)),
 			gids: exemptList('gids').map(item => item.integer(0, UINT32_MAX - 1)),
 			cgroups: exemptList('cgroups').map(item => item.absolutePath()),
 		},
+		outbound: {port, ...(proxy.has('addresses') ? {addresses: addressPerFamily(proxy.get('addresses'))} : {}), excludePorts: [], includePorts: [], excludeRanges: [], includeRanges: '*'},
+		keepSource: false,
+		excludeInterfaces: [],
 	};
+}
+
+/** By the pod's labels and annotations, as Kubernetes has them. `dns` and `proxy` stand for what the mesh's installation says. */
+function wishOf(mode: 'ambient' | 'sidecar' | 'auto', name: string, pod: Fields): Wish {
+	const proxy = pod.has('proxy') ? pod.get('proxy').object(['uid', 'gid']) : undefined;
+	const id = (key: string, otherwise: number) => proxy?.has(key) ? proxy.get(key).integer(0, UINT32_MAX - 1) : otherwise;
+	const dns = pod.has('dns') ? pod.get('dns').boolean() : undefined;
+	const texts = (key: string) => pod.has(key) ? pod.get(key).texts() : {};
+	const metadata: PodMetadata = {name, labels: texts('labels'), annotations: texts('annotations'), namespaceLabels: texts('namespaceLabels')};
+	const defaults: NodeDefaults = {
+		...ISTIO_DEFAULTS,
+		ambientDns: dns ?? ISTIO_DEFAULTS.ambientDns,
+		sidecarDns: dns ?? ISTIO_DEFAULTS.sidecarDns,
+		sidecarUid: id('uid', ISTIO_DEFAULTS.sidecarUid),
+		sidecarGid: id('gid', ISTIO_DEFAULTS.sidecarGid),
+	};
+	try {
+		if (mode !== 'auto') {
+			return {capture: mode === 'ambient' ? ambientCapture(metadata, defaults) : sidecarCapture(metadata, defaults), warnings: []};
+		}
+
+		const enrolment = decideEnrolment(metadata, defaults);
+		return enrolment.enrol ? enrolment : {leave: enrolment.why};
+	} catch (error) {
+		if (error instanceof InputError) {
+			return {refused: error};
+		}
+
+		throw error;
+	}
 }
 
 function addressPerFamily(reader: Reader): readonly string[] {
@@ -140,6 +180,11 @@ function parseMark(reader: Reader): Mark {
 	return {value, mask};
 }
 
+interface Fields {
+	has(key: string): boolean;
+	get(key: string): Reader;
+}
+
 /** A value, and where it stands. */
 class Reader {
 	constructor(readonly value: unknown, readonly file: string, readonly path: string) {}
@@ -148,7 +193,7 @@ class Reader {
 		throw new InputError(this.path === '' ? this.file : `${this.file}: ${this.path}`, problem);
 	}
 
-	object(keys: readonly string[]): {has(key: string): boolean; get(key: string): Reader} {
+	object(keys: readonly string[]): Fields {
 		const {value} = this;
 		if (typeof value !== 'object' || value === null || Array.isArray(value)) {
 			return this.refuse(`expected a mapping with ${keys.join(', ')}, got ${describe(value)}`);
@@ -182,6 +227,26 @@ class Reader {
 		return typeof this.value === 'number' && Number.isInteger(this.value) && this.value >= low && this.value <= high
 			? this.value
 			: this.refuse(`expected an integer from ${low} to ${high}, got ${describe(this.value)}`);
+	}
+
+	boolean(): boolean {
+		return typeof this.value === 'boolean' ? this.value : this.refuse(`expected true or false, got ${describe(this.value)}`);
+	}
+
+	/** A mapping of text to text, as labels and annotations are. */
+	texts(): Readonly<Record<string, string>> {
+		const {value} = this;
+		if (typeof value !== 'object' || value === null || Array.isArray(value)) {
+			return this.refuse(`expected a mapping, got ${describe(value)}`);
+		}
+
+		for (const [key, item] of Object.entries(value)) {
+			if (typeof item !== 'string') {
+				new Reader(item, this.file, `${this.path}['${key}']`).refuse(`expected text, got ${describe(item)}: put it in quotes`);
+			}
+		}
+
+		return value as Readonly<Record<string, string>>;
 	}
 
 	oneOf<T extends string>(choices: readonly T[]): T {

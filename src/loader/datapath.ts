@@ -6,8 +6,8 @@ import path from 'node:path';
 import {
 	ForeignPinError, IncompletePinsError, LayoutVersionError, LoadError, MapIncompatibleError, NotLoadedError, OtherCgroupError,
 } from '../errors.js';
-import {MAP_NAMES, type MapName, type Maps, type Schema} from '../maps/schema.js';
-import {native, type BpfLink, type BpfMap, type BpfObject, type BpfProgram} from '../native.js';
+import {MAP_NAMES, type MapName, type Maps, type NetnsCookie, type Schema} from '../maps/schema.js';
+import {native, type BpfLink, type BpfMap, type BpfObject, type BpfProgram, type NetNs} from '../native.js';
 import type {WriterLock} from './lock.js';
 import {openObject, packageVersion, type OpenedObject} from './object.js';
 import {PinLayout} from './paths.js';
@@ -16,7 +16,13 @@ import {PinLayout} from './paths.js';
 In the order they are attached. connect comes last and goes first: whatever it redirects needs all the others; with `pods` empty nothing is
 redirected, so this only matters to a reader of a half-finished start.
 */
-export const PROGRAMS = ['handshake', 'original_dst', 'getpeername4', 'getpeername6', 'connect4', 'connect6'] as const;
+export const CGROUP_PROGRAMS = [
+	'handshake', 'original_dst', 'getpeername4', 'getpeername6', 'recvmsg4', 'recvmsg6', 'bind4', 'bind6', 'sendmsg4', 'sendmsg6', 'connect4', 'connect6',
+] as const;
+export type CgroupProgramName = typeof CGROUP_PROGRAMS[number];
+
+/** `inbound` is attached to pods' namespaces, one by one; the others are attached nowhere, and run when somebody asks. */
+export const PROGRAMS = [...CGROUP_PROGRAMS, 'inbound', 'find_listeners', 'sockets', 'explain'] as const;
 export type ProgramName = typeof PROGRAMS[number];
 
 export interface LoadOptions {
@@ -39,9 +45,34 @@ export class Datapath {
 		readonly schema: Schema,
 		readonly rawMaps: ReadonlyMap<MapName, BpfMap>,
 		readonly programs: ReadonlyMap<ProgramName, BpfProgram>,
-		readonly links: ReadonlyMap<ProgramName, BpfLink>,
+		readonly links: ReadonlyMap<CgroupProgramName, BpfLink>,
 	) {
 		this.maps = schema.maps(name => rawMaps.get(name)!);
+	}
+
+	/** Pods whose inbound traffic is steered. */
+	steeredPods(): readonly NetnsCookie[] {
+		return podLinks(this.layout.current);
+	}
+
+	/** From now on what comes to the namespace is decided by the program `inbound`. */
+	steer(cookie: NetnsCookie, netns: NetNs): void {
+		const link = this.programs.get('inbound')!.attachNetns(netns.fd);
+		try {
+			mkdirSync(path.join(this.layout.current, 'pods'), {recursive: true, mode: 0o700});
+			link.pin(this.layout.podLink(cookie));
+		} catch (error) {
+			link.detach();
+			throw error;
+		} finally {
+			link.close();
+		}
+	}
+
+	/** Also for a namespace that is gone. */
+	unsteer(cookie: NetnsCookie): void {
+		detach(this.layout.podLink(cookie));
+		removePin(this.layout.podLink(cookie), () => {});
 	}
 
 	/** Closes the handles; what is pinned goes on. */
@@ -117,9 +148,9 @@ function loadFresh(layout: PinLayout, {object, schema, sha256}: OpenedObject, op
 	loadObject(object);
 	step('loaded');
 	const datapath = open(schema, layout, name => object.map(name), name => object.program(name), () => undefined);
-	const links = new Map<ProgramName, BpfLink>();
+	const links = new Map<CgroupProgramName, BpfLink>();
 	try {
-		for (const directory of ['maps', 'progs', 'links']) {
+		for (const directory of ['maps', 'progs', 'links', 'pods']) {
 			mkdirSync(path.join(layout.stage, directory), {recursive: true, mode: 0o700});
 		}
 
@@ -134,8 +165,8 @@ function loadFresh(layout: PinLayout, {object, schema, sha256}: OpenedObject, op
 
 		step('programs pinned');
 		writeBuild(datapath.maps, schema, sha256);
-		for (const [name, program] of datapath.programs) {
-			const link = program.attachCgroup(options.cgroup);
+		for (const name of CGROUP_PROGRAMS) {
+			const link = datapath.programs.get(name)!.attachCgroup(options.cgroup);
 			links.set(name, link);
 			step(`${name} attached`);
 			link.pin(layout.link(name, layout.stage));
@@ -160,7 +191,7 @@ function adopt(layout: PinLayout, opened: OpenedObject, options: LoadOptions, st
 	const datapath = openPins(layout, opened.schema);
 	try {
 		const cgroup = native.cgroupId(options.cgroup);
-		const gone: ProgramName[] = [];
+		const gone: CgroupProgramName[] = [];
 		for (const [name, link] of datapath.links) {
 			const {targetId} = link.info();
 			if (targetId === 0n) {
@@ -192,14 +223,16 @@ function adopt(layout: PinLayout, opened: OpenedObject, options: LoadOptions, st
 			old.close();
 			const program = opened.object.program(name);
 			programs.set(name, program);
-			if (gone.includes(name)) {
+			if (name === 'inbound') {
+				switchPods(layout, program);
+			} else if (isCgroupProgram(name) && gone.includes(name)) {
 				// Its cgroup was removed, and the kernel detached it.
 				links.get(name)!.close();
 				const link = program.attachCgroup(options.cgroup);
 				link.pin(layout.link(name, layout.stage));
 				renameSync(layout.link(name, layout.stage), layout.link(name));
 				links.set(name, link);
-			} else {
+			} else if (isCgroupProgram(name)) {
 				links.get(name)!.update(program);
 			}
 
@@ -220,6 +253,29 @@ function adopt(layout: PinLayout, opened: OpenedObject, options: LoadOptions, st
 	}
 }
 
+function isCgroupProgram(name: ProgramName): name is CgroupProgramName {
+	return (CGROUP_PROGRAMS as readonly ProgramName[]).includes(name);
+}
+
+function podLinks(root: string): readonly NetnsCookie[] {
+	const directory = path.join(root, 'pods');
+	return existsSync(directory) ? readdirSync(directory).map(BigInt) : [];
+}
+
+function switchPods(layout: PinLayout, program: BpfProgram): void {
+	for (const cookie of podLinks(layout.current)) {
+		const link = native.openPinnedLink(layout.podLink(cookie));
+		try {
+			// The link of a namespace that is gone cannot be updated; the next round takes it away.
+			if (link.info().targetId !== 0n) {
+				link.update(program);
+			}
+		} finally {
+			link.close();
+		}
+	}
+}
+
 function loadObject(object: BpfObject): void {
 	try {
 		object.load();
@@ -237,7 +293,7 @@ function openPins(layout: PinLayout, schema: Schema): Datapath {
 	const missing = [
 		...MAP_NAMES.map(name => ({path: layout.map(name), name: `maps/${name}`})),
 		...PROGRAMS.map(name => ({path: layout.program(name), name: `progs/${name}`})),
-		...PROGRAMS.map(name => ({path: layout.link(name), name: `links/${name}`})),
+		...CGROUP_PROGRAMS.map(name => ({path: layout.link(name), name: `links/${name}`})),
 	].filter(pin => !existsSync(pin.path)).map(pin => pin.name);
 	if (missing.length > 0) {
 		throw new IncompletePinsError(layout.current, missing);
@@ -272,7 +328,7 @@ function open(
 	layout: PinLayout,
 	openMap: (name: MapName) => BpfMap,
 	openProgram: (name: ProgramName) => BpfProgram,
-	openLink: (name: ProgramName) => BpfLink | undefined,
+	openLink: (name: CgroupProgramName) => BpfLink | undefined,
 ): Datapath {
 	const opened: Array<{close(): void}> = [];
 	const keep = <T extends {close(): void}>(handle: T): T => {
@@ -283,8 +339,8 @@ function open(
 	try {
 		const maps = new Map(MAP_NAMES.map(name => [name, keep(openMap(name))]));
 		const programs = new Map(PROGRAMS.map(name => [name, keep(openProgram(name))]));
-		const links = new Map<ProgramName, BpfLink>();
-		for (const name of PROGRAMS) {
+		const links = new Map<CgroupProgramName, BpfLink>();
+		for (const name of CGROUP_PROGRAMS) {
 			const link = openLink(name);
 			if (link) {
 				links.set(name, keep(link));
@@ -322,28 +378,38 @@ function checkBase(layout: PinLayout): void {
 }
 
 function checkContents(directory: string): void {
-	const known: Readonly<Record<string, readonly string[]>> = {maps: MAP_NAMES, progs: PROGRAMS, links: PROGRAMS};
+	const known: Readonly<Record<string, (pin: string) => boolean>> = {
+		maps: pin => MAP_NAMES.includes(pin as MapName),
+		progs: pin => PROGRAMS.includes(pin as ProgramName),
+		links: pin => CGROUP_PROGRAMS.includes(pin as CgroupProgramName),
+		pods: pin => /^\d+$/.test(pin),
+	};
 	for (const name of readdirSync(directory)) {
-		const inside = known[name];
-		if (!inside || !statSync(path.join(directory, name)).isDirectory()) {
+		const isKnown = known[name];
+		if (!isKnown || !statSync(path.join(directory, name)).isDirectory()) {
 			throw new ForeignPinError(directory, `it holds ${name}`);
 		}
 
-		const stranger = readdirSync(path.join(directory, name)).find(pin => !inside.includes(pin));
+		const stranger = readdirSync(path.join(directory, name)).find(pin => !isKnown(pin));
 		if (stranger !== undefined) {
 			throw new ForeignPinError(directory, `it holds ${name}/${stranger}`);
 		}
 	}
 }
 
-/** Removes a stage. Links first, the connect programs' before the others'. */
+/** Removes a stage. Links first: those of the pods, then the connect programs' before the others'. */
 function removeTree(stage: string, layout: PinLayout, step: (step: string) => void): void {
 	if (!existsSync(stage)) {
 		return;
 	}
 
 	checkContents(stage);
-	for (const name of [...PROGRAMS].reverse()) {
+	for (const cookie of podLinks(stage)) {
+		detach(layout.podLink(cookie, stage));
+		removePin(layout.podLink(cookie, stage), step);
+	}
+
+	for (const name of [...CGROUP_PROGRAMS].reverse()) {
 		detach(layout.link(name, stage));
 		removePin(layout.link(name, stage), step);
 	}

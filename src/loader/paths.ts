@@ -25,4 +25,9 @@ export class PinLayout {
 	link(name: string, root = this.current): string {
 		return path.join(root, 'links', name);
 	}
+
+	/** The inbound program's link to a pod's namespace. */
+	podLink(cookie: bigint, root = this.current): string {
+		return path.join(root, 'pods', String(cookie));
+	}
 }

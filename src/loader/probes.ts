@@ -6,7 +6,7 @@ import {HostError, hasErrno, reasonOf} from '../errors.js';
 import {addressFromBytes, addressToBytes} from '../maps/address.js';
 import {MAP_NAMES, type MapName, type Target} from '../maps/schema.js';
 import {native, type BpfLink, type BpfMap} from '../native.js';
-import {PROGRAMS} from './datapath.js';
+import {CGROUP_PROGRAMS, PROGRAMS} from './datapath.js';
 import {findCgroup2, isBpffs, missingCapabilities, ownCgroup, resolveCgroup} from './host.js';
 import {openObject} from './object.js';
 
@@ -86,7 +86,7 @@ export function requireWorkingCapture(): void {
 /** Names of programs that others attached to the hooks we use. */
 function foreignPrograms(cgroup: string): readonly string[] {
 	const {object} = openObject();
-	const attachTypes = object.programs().map(({attachType}) => attachType);
+	const attachTypes = object.programs().filter(({name}) => (CGROUP_PROGRAMS as readonly string[]).includes(name)).map(({attachType}) => attachType);
 	object.close();
 	const ours = new Set<string>(PROGRAMS);
 	const names = attachTypes.flatMap(type => native.cgroupPrograms(cgroup, type)).map(id => {
@@ -136,14 +136,18 @@ export function selfTest(): readonly Finding[] {
 		netns.setUp('lo');
 		check('attach', () => {
 			const cgroup = ownCgroup();
-			for (const name of PROGRAMS) {
+			for (const name of CGROUP_PROGRAMS) {
 				const program = object.program(name);
 				const link: BpfLink = program.attachCgroup(cgroup);
 				program.close();
 				cleanup.push(() => link.close());
 			}
 
-			return {detail: 'cgroup links'};
+			const inbound = object.program('inbound');
+			const link = inbound.attachNetns(netns.fd);
+			inbound.close();
+			cleanup.push(() => link.close());
+			return {detail: 'cgroup links and a namespace link'};
 		});
 		if (findings.at(-1)!.state === 'missing') {
 			return findings;
@@ -156,9 +160,12 @@ export function selfTest(): readonly Finding[] {
 		native.bind(listener, socketAddress('', 0, true));
 		native.listen(listener, 8);
 		const {port} = parseSocketAddress(native.getsockname(listener));
-		const target = (address: string): Target => ({address, source: '', port, inPod: 1});
+		const target = (address: string): Target => ({address, source: '', port, inPod: 1, spread: 0});
 		const enrol = (target4: Target, target6: Target) => {
-			maps.pods.set(cookie, {policy: 1, flags: 0, exemptCgroupLevels: 0, markCount: 0, marks: Array.from({length: 4}, () => ({value: 0, mask: 0})), target4, target6});
+			maps.pods.set(cookie, {
+				policy: 1, flags: 0, exemptCgroupLevels: 0, markCount: 0, marks: Array.from({length: 4}, () => ({value: 0, mask: 0})),
+				proxyUid: 0, proxyGid: 0, inboundPort: 0, dnsPort: 0, target4, target6,
+			});
 		};
 
 		enrol(target('127.0.0.1'), target('::1'));

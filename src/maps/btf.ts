@@ -146,6 +146,16 @@ export class Btf {
 		throw new RangeError(`BTF has no enum ${name}: it needs a variable that uses it`);
 	}
 
+	/** A struct's type id. */
+	struct(name: string): number {
+		const id = this.types.findIndex(type => type.kind === 'struct' && type.name === name);
+		if (id === -1) {
+			throw new RangeError(`BTF has no struct ${name}: it needs a variable that uses it`);
+		}
+
+		return id;
+	}
+
 	/** Bytes of a type. */
 	size(id: number): number {
 		const type = this.resolved(id);

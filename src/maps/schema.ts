@@ -4,7 +4,7 @@ file compares the two.
 */
 import type {BpfMap} from '../native.js';
 import {Btf} from './btf.js';
-import {createCodec} from './codec.js';
+import {createCodec, type Codec} from './codec.js';
 import {PerCpuMap, TypedMap} from './map.js';
 
 /** A network namespace's cookie: a pod's identity in the kernel. */
@@ -21,6 +21,7 @@ export interface Target {
 	readonly source: string;
 	readonly port: number;
 	readonly inPod: number;
+	readonly spread: number;
 }
 
 export interface PodValue {
@@ -29,6 +30,10 @@ export interface PodValue {
 	readonly exemptCgroupLevels: number;
 	readonly markCount: number;
 	readonly marks: readonly Mark[];
+	readonly proxyUid: number;
+	readonly proxyGid: number;
+	readonly inboundPort: number;
+	readonly dnsPort: number;
 	readonly target4: Target;
 	readonly target6: Target;
 }
@@ -41,6 +46,8 @@ export interface PodInfo {
 	readonly netnsDevice: bigint;
 	readonly netnsInode: bigint;
 	readonly enrolledAtMs: bigint;
+	/** NAMESPACE_… bits: what was changed in its namespace, and is changed back at the end. */
+	readonly namespaceChanges: number;
 }
 
 export interface PrefixKey {
@@ -50,12 +57,45 @@ export interface PrefixKey {
 }
 
 export interface PrefixValue {
-	readonly kind: 'PREFIX_LOCAL' | 'PREFIX_NOT_UNICAST';
+	/** PREFIX_… bits. */
+	readonly flags: number;
+}
+
+export interface PortKey {
+	readonly policy: number;
+	readonly port: number;
+}
+
+export interface PortValue {
+	/** PORT_… bits. */
+	readonly flags: number;
+}
+
+export interface AddressKey {
+	readonly bits: number;
+	readonly address: string;
+}
+
+export interface PassKey {
+	readonly client: string;
+	readonly server: string;
+	readonly clientPort: number;
+	readonly serverPort: number;
+}
+
+export interface PassValue {
+	readonly reason: string;
+}
+
+export interface NodeValue {
+	readonly netns: NetnsCookie;
+	/** Inbound SYNs refused because they came to an address that no pod is known by. */
+	readonly unknownAddresses: bigint;
 }
 
 export interface ExemptionKey {
 	readonly policy: number;
-	readonly kind: 'EXEMPT_UID' | 'EXEMPT_GID' | 'EXEMPT_CGROUP';
+	readonly kind: 'EXEMPT_UID' | 'EXEMPT_GID' | 'EXEMPT_CGROUP' | 'EXEMPT_INTERFACE';
 	readonly id: bigint;
 }
 
@@ -82,6 +122,51 @@ export interface OriginalDst {
 	readonly inPod: number;
 	readonly role: string;
 	readonly netns: bigint;
+	readonly dnsPort: number;
+}
+
+/** struct flow. */
+export interface Flow {
+	readonly netns: NetnsCookie;
+	/** '' is none. */
+	readonly source: string;
+	readonly destination: string;
+	readonly sourcePort: number;
+	readonly destinationPort: number;
+	/** 6 TCP, 17 UDP. */
+	readonly protocol: number;
+	readonly mark: number;
+	readonly uid: number;
+	readonly gid: number;
+	/** Its index; 0 is none. */
+	readonly interface: number;
+	readonly inExemptCgroup: number;
+}
+
+/** struct question. */
+export interface Question {
+	readonly flow: Flow;
+	/** enum reason. */
+	readonly outbound: string;
+	readonly inbound: string;
+}
+
+/** struct socket_record. */
+export interface SocketRecord {
+	readonly local: string;
+	readonly remote: string;
+	readonly localPort: number;
+	readonly remotePort: number;
+	readonly state: number;
+	readonly uid: number;
+	readonly mark: number;
+	readonly outbound: string;
+	readonly inbound: string;
+	/** enum role; 0 when it was not captured. */
+	readonly role: number;
+	readonly ipv6Socket: number;
+	readonly original: string;
+	readonly originalPort: number;
 }
 
 export interface BuildRecord {
@@ -91,27 +176,80 @@ export interface BuildRecord {
 }
 
 export const MARKS_MAX = 4;
-export const POD_EXEMPT_UIDS = 1;
-export const POD_EXEMPT_GIDS = 2;
 
-/** Every map that is pinned. `original_dsts` is socket storage: it has no entries that user space could walk. */
-export const MAP_NAMES = ['pods', 'pod_info', 'counters', 'prefixes', 'exemptions', 'handshakes', 'original_dsts', 'build'] as const;
+/** The bits of bpf/layout.h; their test compares the two. */
+export const POD_SIDECAR = 1;
+export const POD_EXEMPT_UIDS = 2;
+export const POD_EXEMPT_GIDS = 4;
+export const POD_EXEMPT_INTERFACES = 8;
+export const POD_PORTS = 16;
+export const POD_INCLUDE_ALL = 32;
+export const POD_INCLUDE_LOOPBACK = 64;
+export const POD_INBOUND = 128;
+export const POD_INBOUND_ALL = 256;
+export const POD_PASS_NODE = 512;
+export const POD_KEEP_SOURCE = 1024;
+
+export const PREFIX_LOCAL = 1;
+export const PREFIX_NOT_UNICAST = 2;
+export const PREFIX_LOCALHOST = 4;
+export const PREFIX_EXCLUDED = 8;
+export const PREFIX_INCLUDED = 16;
+export const PREFIX_INTERFACE = 32;
+
+export const PORT_OUTBOUND_EXCLUDED = 1;
+export const PORT_OUTBOUND_INCLUDED = 2;
+export const PORT_INBOUND_EXCLUDED = 4;
+export const PORT_INBOUND_INCLUDED = 8;
+
+export const NAMESPACE_RULE4 = 1;
+export const NAMESPACE_RULE6 = 2;
+export const NAMESPACE_ROUTE4 = 4;
+export const NAMESPACE_ROUTE6 = 8;
+export const NAMESPACE_ACCEPT = 16;
+export const NAMESPACE_REFLECT4 = 32;
+export const NAMESPACE_REFLECT6 = 64;
+export const NAMESPACE_PASSTHROUGH = 128;
+
+export const KEPT_SOURCE_MARK = 0x1_11;
+export const KEPT_SOURCE_MASK = 0xf_ff;
+
+export const ROLE_CLIENT = 1;
+export const ROLE_PROXY = 2;
+
+/** Every map that is pinned. */
+export const MAP_NAMES = [
+	'pods', 'pod_info', 'counters', 'prefixes', 'ports', 'exemptions', 'addresses', 'passes', 'listeners', 'listener_slots', 'client_ports', 'handshakes', 'original_dsts',
+	'node', 'build',
+] as const;
 export type MapName = typeof MAP_NAMES[number];
+
+/** Socket storage has no entries that user space could walk. */
+export const SOCKET_STORAGE: readonly MapName[] = ['original_dsts', 'listener_slots'];
 
 export interface Maps {
 	readonly pods: TypedMap<NetnsCookie, PodValue>;
 	readonly podInfo: TypedMap<NetnsCookie, PodInfo>;
 	readonly counters: PerCpuMap<NetnsCookie, Counters>;
 	readonly prefixes: TypedMap<PrefixKey, PrefixValue>;
+	readonly ports: TypedMap<PortKey, PortValue>;
 	readonly exemptions: TypedMap<ExemptionKey, ExemptionValue>;
+	readonly addresses: TypedMap<AddressKey, NetnsCookie>;
+	readonly passes: TypedMap<PassKey, PassValue>;
 	readonly handshakes: TypedMap<HandshakeKey, OriginalDst>;
+	readonly node: TypedMap<number, NodeValue>;
 	readonly build: TypedMap<number, BuildRecord>;
+}
+
+/** `REASON_BYPASS_MARK` as people see it: `bypass_mark`. */
+export function reasonName(enumerator: string): string {
+	return enumerator.replace(/^REASON_/, '').toLowerCase();
 }
 
 /** What the object says of itself: its types, and the enums that people see. */
 export class Schema {
 	readonly btf: Btf;
-	/** enum reason, in the order of struct counters, as `REDIRECTED`, `BYPASS_MARK`, …. */
+	/** enum reason, in the order of struct counters, as `redirected`, `bypass_mark`, …. */
 	readonly reasons: readonly string[];
 	readonly layoutVersion: number;
 
@@ -121,7 +259,7 @@ export class Schema {
 		this.reasons = [...this.btf.enum('reason')]
 			.filter(([name]) => name !== 'REASONS')
 			.sort(([, a], [, b]) => a - b)
-			.map(([name]) => name.replace(/^REASON_/, '').toLowerCase());
+			.map(([name]) => reasonName(name));
 	}
 
 	/** Bytes of a map's key and value. */
@@ -143,10 +281,19 @@ export class Schema {
 			podInfo: this.typed('pod_info', open('pod_info')),
 			counters: new PerCpuMap('counters', open('counters'), createCodec<NetnsCookie>(this.btf, counters.key), createCodec<Counters>(this.btf, counters.value)),
 			prefixes: this.typed('prefixes', open('prefixes')),
+			ports: this.typed('ports', open('ports')),
+			addresses: this.typed('addresses', open('addresses')),
+			passes: this.typed('passes', open('passes')),
+			node: this.typed('node', open('node')),
 			exemptions: this.typed('exemptions', open('exemptions')),
 			handshakes: this.typed('handshakes', open('handshakes')),
 			build: this.typed('build', open('build')),
 		};
+	}
+
+	/** Of a struct that is in no map: `question`, `socket_record`. */
+	codec<T>(struct: string): Codec<T> {
+		return createCodec<T>(this.btf, this.btf.struct(struct));
 	}
 
 	#types(name: MapName) {

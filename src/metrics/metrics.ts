@@ -4,18 +4,25 @@ What the agent tells Prometheus. Everything of the datapath is read from the ker
 import {Counter, Gauge, Registry} from 'prom-client';
 import type {Datapath} from '../loader/datapath.js';
 import {packageVersion} from '../loader/object.js';
-import {sumCounters} from '../maps/schema.js';
+import {SOCKET_STORAGE, sumCounters} from '../maps/schema.js';
 import type {Round} from '../pods/reconcile.js';
 
-/** The families that reasons are told apart by: a reason's first word, and what is left of it. */
-const FAMILIES = [
-	['redirected', 'sidestep_redirects_total', 'Connections sent to the proxy'],
-	['bypass_', 'sidestep_bypasses_total', 'Connections left alone, by the rule that said so'],
-	['refused_', 'sidestep_refusals_total', 'Connections refused because they could not be captured'],
+/** The families that reasons are told apart by: how a reason begins; where there are several, the label that the rest of it goes to. */
+const FAMILIES: ReadonlyArray<readonly [prefix: string, name: string, help: string, label?: string]> = [
+	['redirected', 'sidestep_redirects_total', 'Connections (DNS over UDP without a connection: datagrams) sent to the proxy, by which of its ports', 'to'],
+	['bypass_', 'sidestep_bypasses_total', 'Connections left alone, by the rule that said so', 'reason'],
+	['refused_', 'sidestep_refusals_total', 'Connections refused because they could not be captured', 'reason'],
 	['accepted', 'sidestep_accepts_total', 'Redirected connections that reached the proxy with their original destination'],
 	['connect_failed', 'sidestep_connect_failures_total', 'Redirected connections that the proxy did not answer'],
 	['original_dst_lost', 'sidestep_original_dst_lost_total', 'Redirected connections whose original destination could not be carried to the proxy'],
-] as const;
+	['steered', 'sidestep_steers_total', 'Inbound SYNs given to the proxy\'s listener'],
+	['inbound_bypass_', 'sidestep_inbound_bypasses_total', 'Inbound SYNs left alone, by the rule that said so', 'reason'],
+	['inbound_refused', 'sidestep_inbound_refusals_total', 'Inbound SYNs refused because the proxy did not listen'],
+	['pass_lost', 'sidestep_passes_lost_total', 'Connections into the pod that the map passes had no room for'],
+	['listener_lost', 'sidestep_listeners_lost_total', 'Listeners of the proxy that the map listeners had no room for'],
+	['source_kept', 'sidestep_sources_kept_total', 'Connections that the proxy made to the pod under a client\'s address'],
+	['source_port_left', 'sidestep_source_ports_left_total', 'Sockets of those whose port was left to the kernel because none was known to be free'],
+];
 
 export class Metrics {
 	readonly registry = new Registry();
@@ -32,10 +39,9 @@ export class Metrics {
 		new Gauge({name: 'sidestep_build_info', help: 'Always 1', labelNames: ['version', 'layout'], registers: [registry]})
 			.set({version: packageVersion(), layout: `v${schema.layoutVersion}`}, 1);
 
-		for (const [prefix, name, help] of FAMILIES) {
-			const hasReason = prefix.endsWith('_');
+		for (const [prefix, name, help, label] of FAMILIES) {
 			new Counter({
-				name, help, labelNames: hasReason ? ['pod', 'reason'] : ['pod'], registers: [registry],
+				name, help, labelNames: label ? ['pod', label] : ['pod'], registers: [registry],
 				collect() {
 					this.reset();
 					const names = new Map(maps.podInfo.entries().map(([cookie, info]) => [cookie, info.name]));
@@ -43,7 +49,7 @@ export class Metrics {
 						const pod = names.get(cookie);
 						for (const [reason, count] of pod === undefined ? [] : sumCounters(schema, perCpu)) {
 							if (reason.startsWith(prefix)) {
-								this.inc(hasReason ? {pod: pod!, reason: reason.slice(prefix.length)} : {pod: pod!}, Number(count));
+								this.inc(label ? {pod: pod!, [label]: reason.slice(prefix.length).replace(/^_/, '') || 'outbound'} : {pod: pod!}, Number(count));
 							}
 						}
 					}
@@ -51,12 +57,18 @@ export class Metrics {
 			});
 		}
 
+		new Counter({
+			name: 'sidestep_unknown_address_refusals_total', help: 'Inbound SYNs refused because they came to an address that no pod is known by', registers: [registry],
+			collect() {
+				this.reset();
+				this.inc(Number(maps.node.get(0)?.unknownAddresses ?? 0n));
+			},
+		});
 		new Gauge({
 			name: 'sidestep_map_entries', help: 'Entries in a map', labelNames: ['map'], registers: [registry],
 			collect() {
 				for (const [map, raw] of rawMaps) {
-					// Socket storage has no entries that could be walked.
-					if (map !== 'original_dsts') {
+					if (!SOCKET_STORAGE.includes(map)) {
 						this.set({map}, raw.count());
 					}
 				}
@@ -64,7 +76,7 @@ export class Metrics {
 		});
 		const capacity = new Gauge({name: 'sidestep_map_capacity', help: 'Entries that a map has room for', labelNames: ['map'], registers: [registry]});
 		for (const [map, raw] of rawMaps) {
-			if (map !== 'original_dsts') {
+			if (!SOCKET_STORAGE.includes(map)) {
 				capacity.set({map}, raw.info().maxEntries);
 			}
 		}

@@ -1,41 +1,105 @@
 /**
 Reads what is true of a pod's network namespace now.
 */
+import {existsSync, readdirSync, statSync} from 'node:fs';
 import path from 'node:path';
 import type {PodSpec} from '../config/pods-file.js';
 import {PodError, hasErrno, reasonOf} from '../errors.js';
 import {cgroupLevel} from '../loader/host.js';
 import {addressFromBytes} from '../maps/address.js';
 import {native, type NetNs} from '../native.js';
+import type {Capture} from '../redirect/capture.js';
 import type {PodFacts} from '../redirect/policy.js';
 
 const SCOPE_GLOBAL = 0;
 const RTN_LOCAL = 2;
+const TABLE_DEFAULT = 253;
+const TABLE_MAIN = 254;
+const TABLE_LOCAL = 255;
+const NETNS_DIRECTORY = '/run/netns';
 /** As many levels as `exempt_cgroup_levels` in struct pod has bits. */
 const CGROUP_LEVELS = 32;
+
+/** A pod with its namespace held open. Close soon: held any longer, it would keep the namespace of a dead pod alive. */
+export interface OpenedPod {
+	readonly spec: PodSpec;
+	readonly capture: Capture;
+	readonly netns: NetNs;
+	readonly facts: PodFacts;
+}
 
 /**
 @param proc - the host's /proc: where pids are looked up, and where process 1's namespace is the host's own.
 @throws PodError
 */
-export function readPodFacts(spec: PodSpec, proc: string): PodFacts {
+export function openPod(spec: PodSpec, capture: Capture, proc: string): OpenedPod {
 	const file = spec.netns ?? path.join(proc, String(spec.pid), 'ns/net');
 	const netns = openNetns(spec, file);
 	try {
 		refuseHost(spec, netns, proc);
-		return {
-			cookie: netns.cookie(),
-			device: netns.device,
-			inode: netns.inode,
-			addresses: netns.addresses()
-				.filter(({scope, isLoopback, isUp}) => scope === SCOPE_GLOBAL && !isLoopback && isUp)
-				.map(({address}) => addressFromBytes(address)),
-			localRoutes: netns.localRoutes().map(({address, prefixLength, type}) => ({address: addressFromBytes(address), prefixLength, isUnicast: type === RTN_LOCAL})),
-			cgroups: spec.exempt.cgroups.map(directory => cgroupFacts(spec, directory)),
-		};
-	} finally {
-		// Held any longer, it would keep the namespace of a dead pod alive.
+		return {spec, capture, netns, facts: readFacts(spec, capture, netns)};
+	} catch (error) {
 		netns.close();
+		throw error;
+	}
+}
+
+function readFacts(spec: PodSpec, capture: Capture, netns: NetNs): PodFacts {
+	const routes = netns.routes();
+	const cidr = ({address, prefixLength}: {readonly address: Uint8Array; readonly prefixLength: number}) => ({address: addressFromBytes(address), bits: prefixLength});
+	return {
+		cookie: netns.cookie(),
+		device: netns.device,
+		inode: netns.inode,
+		addresses: netns.addresses()
+			.filter(({scope, isLoopback, isUp}) => scope === SCOPE_GLOBAL && !isLoopback && isUp)
+			.map(({address}) => addressFromBytes(address)),
+		localRoutes: routes.filter(({table}) => table === TABLE_LOCAL).map(route => ({...cidr(route), isUnicast: route.type === RTN_LOCAL})),
+		// Of several with one prefix the kernel takes the one with the least metric, and whoever reads this the last.
+		routes: routes.filter(({table}) => table === TABLE_MAIN || table === TABLE_DEFAULT)
+			.sort((a, b) => b.metric - a.metric)
+			.map(route => ({...cidr(route), interfaceIndex: route.interfaceIndex})),
+		interfaces: capture.excludeInterfaces.length > 0 ? netns.interfaces() : [],
+		cgroups: capture.exempt.cgroups.map(directory => cgroupFacts(spec, directory)),
+	};
+}
+
+/**
+Where to find the namespace that a pod had: by its identity, as what the pods file said is gone by then. Through any process that lives in it, or a name
+below /run/netns.
+
+@returns undefined when nobody has it, so that it is about to end.
+*/
+export function findNetns(proc: string, {device, inode}: {readonly device: bigint; readonly inode: bigint}): NetNs | undefined {
+	const names = (directory: string) => existsSync(directory) ? readdirSync(directory) : [];
+	const candidates = [
+		...names(NETNS_DIRECTORY).map(name => path.join(NETNS_DIRECTORY, name)),
+		...names(proc).filter(name => /^\d+$/.test(name)).map(pid => path.join(proc, pid, 'ns/net')),
+	];
+	for (const file of candidates) {
+		try {
+			const {dev, ino} = statSync(file, {bigint: true});
+			if (dev === device && ino === inode) {
+				return native.openNetns(file);
+			}
+		} catch {
+			// It ended meanwhile, or may not be looked at.
+		}
+	}
+
+	return undefined;
+}
+
+/** The node's own namespace: of process 1, or, where nobody may look at that, the one this process lives in, as with hostNetwork. */
+export function openNodeNetns(proc: string): NetNs {
+	try {
+		return native.openNetns(path.join(proc, '1/ns/net'));
+	} catch (error) {
+		if (hasErrno(error, 'EACCES', 'EPERM')) {
+			return native.openNetns('/proc/self/ns/net');
+		}
+
+		throw error;
 	}
 }
 
@@ -56,20 +120,13 @@ function openNetns(spec: PodSpec, file: string): NetNs {
 	}
 }
 
-/**
-The host's own connections must never be captured: kubelet, the runtime and node proxies live there. The host's namespace is that of process 1; where the
-kernel lets nobody look at process 1, it is the one the agent itself lives in, as it does with hostNetwork.
-*/
+/** The host's own connections must never be captured: kubelet, the runtime and node proxies live there. */
 function refuseHost(spec: PodSpec, netns: NetNs, proc: string): void {
-	for (const pid of ['1', 'self']) {
+	for (const open of [() => openNodeNetns(proc), () => native.openNetns(path.join(proc, 'self/ns/net'))]) {
 		let host: NetNs;
 		try {
-			host = native.openNetns(path.join(proc, pid, 'ns/net'));
+			host = open();
 		} catch (error) {
-			if (pid === '1' && hasErrno(error, 'EACCES', 'EPERM')) {
-				continue;
-			}
-
 			throw new PodError(spec.name, `cannot tell its namespace from the host's (${reasonOf(error)}): give the host's /proc by --proc`, {cause: error});
 		}
 

@@ -5,12 +5,14 @@ import type {Datapath} from '../loader/datapath.js';
 import type {Counters, Maps} from '../maps/schema.js';
 import type {Change, KernelState, Step} from './plan.js';
 
-export function readKernelState({pods, podInfo, counters, prefixes, exemptions}: Maps): KernelState {
+export function readKernelState({pods, podInfo, counters, prefixes, ports, exemptions, addresses}: Maps): KernelState {
 	return {
 		pods: new Map(pods.entries()),
 		infos: new Map(podInfo.entries()),
 		counters: new Set(counters.entriesPerCpu().map(([cookie]) => cookie)),
 		prefixes: prefixes.entries(),
+		ports: ports.entries(),
+		addresses: addresses.entries(),
 		exemptions: exemptions.entries().map(([key]) => key),
 	};
 }
@@ -44,6 +46,15 @@ function applyStep(maps: Maps, step: Step, zero: Counters, nowMs: number): () =>
 			return () => maps.prefixes.delete(step.key);
 		}
 
+		case 'put port': {
+			maps.ports.set(step.key, step.value);
+			return () => maps.ports.delete(step.key);
+		}
+
+		case 'put address': {
+			return put(maps.addresses, step.key, step.cookie);
+		}
+
 		case 'put exemption': {
 			maps.exemptions.set(step.key, {present: 1});
 			return () => maps.exemptions.delete(step.key);
@@ -55,7 +66,10 @@ function applyStep(maps: Maps, step: Step, zero: Counters, nowMs: number): () =>
 		}
 
 		case 'put info': {
-			return put(maps.podInfo, step.cookie, {...step.info, enrolledAtMs: step.enrolledAtMs ?? BigInt(nowMs)});
+			// A pod that was not captured when it was written about is enrolled now.
+			const before = maps.podInfo.get(step.cookie);
+			const enrolledAtMs = (maps.pods.get(step.cookie) && before?.enrolledAtMs) ?? BigInt(nowMs);
+			return put(maps.podInfo, step.cookie, {...step.info, enrolledAtMs, namespaceChanges: before?.namespaceChanges ?? 0});
 		}
 
 		case 'put pod': {
@@ -77,6 +91,14 @@ function applyStep(maps: Maps, step: Step, zero: Counters, nowMs: number): () =>
 
 		case 'delete prefix': {
 			return remove(maps.prefixes, step.key);
+		}
+
+		case 'delete port': {
+			return remove(maps.ports, step.key);
+		}
+
+		case 'delete address': {
+			return remove(maps.addresses, step.key);
 		}
 
 		case 'delete exemption': {

@@ -1,7 +1,7 @@
 /**
 The difference between what the kernel holds and what it should hold, as steps. Pure: no I/O, no clock.
 */
-import type {ExemptionKey, NetnsCookie, PodInfo, PodValue, PrefixKey, PrefixValue} from '../maps/schema.js';
+import type {AddressKey, ExemptionKey, NetnsCookie, PodInfo, PodValue, PortKey, PortValue, PrefixKey, PrefixValue} from '../maps/schema.js';
 import type {PodPolicy} from './policy.js';
 
 /** The maps as read from the kernel. */
@@ -10,17 +10,23 @@ export interface KernelState {
 	readonly infos: ReadonlyMap<NetnsCookie, PodInfo>;
 	readonly counters: ReadonlySet<NetnsCookie>;
 	readonly prefixes: ReadonlyArray<readonly [PrefixKey, PrefixValue]>;
+	readonly ports: ReadonlyArray<readonly [PortKey, PortValue]>;
 	readonly exemptions: readonly ExemptionKey[];
+	readonly addresses: ReadonlyArray<readonly [AddressKey, NetnsCookie]>;
 }
 
 export type Step =
+	| {readonly do: 'put port'; readonly key: PortKey; readonly value: PortValue}
+	| {readonly do: 'put address'; readonly key: AddressKey; readonly cookie: NetnsCookie}
 	| {readonly do: 'put prefix'; readonly key: PrefixKey; readonly value: PrefixValue}
 	| {readonly do: 'put exemption'; readonly key: ExemptionKey}
 	| {readonly do: 'put counters'; readonly cookie: NetnsCookie}
-	| {readonly do: 'put info'; readonly cookie: NetnsCookie; readonly info: Omit<PodInfo, 'enrolledAtMs'>; readonly enrolledAtMs: bigint | undefined}
+	| {readonly do: 'put info'; readonly cookie: NetnsCookie; readonly info: PodPolicy['info']}
 	| {readonly do: 'put pod'; readonly cookie: NetnsCookie; readonly pod: PodValue}
 	| {readonly do: 'delete pod' | 'delete info' | 'delete counters'; readonly cookie: NetnsCookie}
 	| {readonly do: 'delete prefix'; readonly key: PrefixKey}
+	| {readonly do: 'delete port'; readonly key: PortKey}
+	| {readonly do: 'delete address'; readonly key: AddressKey}
 	| {readonly do: 'delete exemption'; readonly key: ExemptionKey};
 
 /** Steps that belong together: if one fails, those before it are undone, and other changes go on. */
@@ -28,6 +34,8 @@ export interface Change {
 	readonly kind: 'enrol' | 'update' | 'remove' | 'sweep';
 	/** The pod's name; empty for a sweep. */
 	readonly pod: string;
+	/** 0 for a sweep. */
+	readonly cookie: NetnsCookie;
 	readonly steps: readonly Step[];
 }
 
@@ -49,7 +57,7 @@ export function plan(actual: KernelState, desired: readonly PodPolicy[], keep: R
 
 	const named = new Set([...actual.pods.values()].map(({policy}) => policy));
 	const orphans = lists.policies().filter(policy => !named.has(policy)).flatMap(policy => lists.deletions(policy));
-	return [...removals, {kind: 'sweep' as const, pod: '', steps: orphans}, ...changes].filter(({steps}) => steps.length > 0);
+	return [...removals, {kind: 'sweep' as const, pod: '', cookie: 0n, steps: orphans}, ...changes].filter(({steps}) => steps.length > 0);
 }
 
 function remove(actual: KernelState, lists: PolicyLists, cookie: NetnsCookie): Change {
@@ -57,8 +65,10 @@ function remove(actual: KernelState, lists: PolicyLists, cookie: NetnsCookie): C
 	return {
 		kind: 'remove',
 		pod: actual.infos.get(cookie)?.name ?? `netns ${cookie}`,
+		cookie,
 		steps: [
 			...(pod ? [{do: 'delete pod' as const, cookie}] : []),
+			...addressesOf(actual, cookie).map(key => ({do: 'delete address' as const, key})),
 			...(pod ? lists.deletions(pod.policy) : []),
 			...(actual.counters.has(cookie) ? [{do: 'delete counters' as const, cookie}] : []),
 			...(actual.infos.has(cookie) ? [{do: 'delete info' as const, cookie}] : []),
@@ -77,7 +87,8 @@ function enrol(actual: KernelState, lists: PolicyLists, wanted: PodPolicy, nextP
 	const steps: Step[] = [];
 	if (!sameLists) {
 		steps.push(
-			...wanted.prefixes.map(({address, bits, kind}): Step => ({do: 'put prefix', key: {bits: 32 + bits, policy, address}, value: {kind}})),
+			...wanted.prefixes.map(({address, bits, flags}): Step => ({do: 'put prefix', key: {bits: 32 + bits, policy, address}, value: {flags}})),
+			...wanted.ports.map(({port, flags}): Step => ({do: 'put port', key: {policy, port}, value: {flags}})),
 			...wanted.exemptions.map((exemption): Step => ({do: 'put exemption', key: {policy, ...exemption}})),
 		);
 	}
@@ -86,9 +97,12 @@ function enrol(actual: KernelState, lists: PolicyLists, wanted: PodPolicy, nextP
 		steps.push({do: 'put counters', cookie});
 	}
 
-	if (!info || !isSame({...wanted.info, enrolledAtMs: info.enrolledAtMs}, info)) {
-		steps.push({do: 'put info', cookie, info: wanted.info, enrolledAtMs: now ? info?.enrolledAtMs : undefined});
+	if (!info || !now || !isSame({...info, ...wanted.info}, info)) {
+		steps.push({do: 'put info', cookie, info: wanted.info});
 	}
+
+	const addresses = addressesOf(actual, cookie);
+	steps.push(...wanted.addresses.filter(key => !addresses.some(there => isSame(key, there))).map((key): Step => ({do: 'put address', key, cookie})));
 
 	if (!now || !isSame(pod, now)) {
 		steps.push({do: 'put pod', cookie, pod});
@@ -98,12 +112,17 @@ function enrol(actual: KernelState, lists: PolicyLists, wanted: PodPolicy, nextP
 		steps.push(...lists.deletions(now.policy));
 	}
 
-	return {kind: now ? 'update' : 'enrol', pod: wanted.info.name, steps};
+	steps.push(...addresses.filter(key => !wanted.addresses.some(other => isSame(key, other))).map((key): Step => ({do: 'delete address', key})));
+	return {kind: now ? 'update' : 'enrol', pod: wanted.info.name, cookie, steps};
+}
+
+function addressesOf(actual: KernelState, cookie: NetnsCookie): readonly AddressKey[] {
+	return actual.addresses.filter(([, netns]) => netns === cookie).map(([key]) => key);
 }
 
 /** Ids that neither a pod nor a left-over list entry uses. */
 function policyIds(actual: KernelState): () => number {
-	const used = new Set([...[...actual.pods.values()].map(({policy}) => policy), ...actual.prefixes.map(([{policy}]) => policy), ...actual.exemptions.map(({policy}) => policy)]);
+	const used = new Set([...[...actual.pods.values()].map(({policy}) => policy), ...actual.prefixes.map(([{policy}]) => policy), ...actual.ports.map(([{policy}]) => policy), ...actual.exemptions.map(({policy}) => policy)]);
 	let last = Math.max(0, ...used);
 	return () => {
 		do {
@@ -115,39 +134,40 @@ function policyIds(actual: KernelState): () => number {
 	};
 }
 
-/** The list entries in the kernel, by policy. */
+/** The list entries in the kernel, by policy: each as its identity, and the step that takes it away. */
 class PolicyLists {
-	readonly #prefixes = new Map<number, Map<string, readonly [PrefixKey, PrefixValue]>>();
-	readonly #exemptions = new Map<number, Map<string, ExemptionKey>>();
+	readonly #entries = new Map<number, Map<string, Step>>();
 
-	constructor(actual: KernelState) {
-		for (const entry of actual.prefixes) {
-			inner(this.#prefixes, entry[0].policy).set(prefixId(entry[0].address, entry[0].bits, entry[1].kind), entry);
+	constructor({prefixes, ports, exemptions}: KernelState) {
+		for (const [key, {flags}] of prefixes) {
+			inner(this.#entries, key.policy).set(prefixId(key.address, key.bits, flags), {do: 'delete prefix', key});
 		}
 
-		for (const key of actual.exemptions) {
-			inner(this.#exemptions, key.policy).set(exemptionId(key), key);
+		for (const [key, {flags}] of ports) {
+			inner(this.#entries, key.policy).set(portId(key.port, flags), {do: 'delete port', key});
+		}
+
+		for (const key of exemptions) {
+			inner(this.#entries, key.policy).set(exemptionId(key), {do: 'delete exemption', key});
 		}
 	}
 
 	policies(): readonly number[] {
-		return [...new Set([...this.#prefixes.keys(), ...this.#exemptions.keys()])];
+		return [...this.#entries.keys()];
 	}
 
 	equal(policy: number, wanted: PodPolicy): boolean {
-		const prefixes = this.#prefixes.get(policy);
-		const exemptions = this.#exemptions.get(policy);
-		return (prefixes?.size ?? 0) === wanted.prefixes.length
-			&& (exemptions?.size ?? 0) === wanted.exemptions.length
-			&& wanted.prefixes.every(({address, bits, kind}) => prefixes!.has(prefixId(address, 32 + bits, kind)))
-			&& wanted.exemptions.every(exemption => exemptions!.has(exemptionId(exemption)));
+		const entries = this.#entries.get(policy);
+		const ids = [
+			...wanted.prefixes.map(({address, bits, flags}) => prefixId(address, 32 + bits, flags)),
+			...wanted.ports.map(({port, flags}) => portId(port, flags)),
+			...wanted.exemptions.map(exemption => exemptionId(exemption)),
+		];
+		return (entries?.size ?? 0) === ids.length && ids.every(id => entries!.has(id));
 	}
 
 	deletions(policy: number): readonly Step[] {
-		return [
-			...[...this.#prefixes.get(policy)?.values() ?? []].map(([key]): Step => ({do: 'delete prefix', key})),
-			...[...this.#exemptions.get(policy)?.values() ?? []].map((key): Step => ({do: 'delete exemption', key})),
-		];
+		return [...this.#entries.get(policy)?.values() ?? []];
 	}
 }
 
@@ -162,7 +182,8 @@ function inner<V>(outer: Map<number, Map<string, V>>, key: number): Map<string, 
 	return made;
 }
 
-const prefixId = (address: string, bits: number, kind: string) => `${address}/${bits} ${kind}`;
+const prefixId = (address: string, bits: number, flags: number) => `${address}/${bits} ${flags}`;
+const portId = (port: number, flags: number) => `port ${port} ${flags}`;
 const exemptionId = ({kind, id}: Omit<ExemptionKey, 'policy'>) => `${kind} ${id}`;
 
 /** Of plain values, arrays and objects, bigints included. */

@@ -210,15 +210,15 @@ test('a cgroup that is none is refused with a word on what to do', async t => {
 test('a foreign directory at the pin path is left as it is', async t => {
 	const world = World.create(t);
 	world.writePods([]);
-	mkdirSync(`${world.bpffs}/sidestep/v1/maps/cilium`, {recursive: true});
+	mkdirSync(`${world.bpffs}/sidestep/v2/maps/cilium`, {recursive: true});
 	const {code, stderr} = await fails(world.startAgent());
 	t.is(code, 1);
-	t.regex(stderr, /v1 was not made by sidestep \(it holds maps\/cilium\): remove it by hand/);
+	t.regex(stderr, /v2 was not made by sidestep \(it holds maps\/cilium\): remove it by hand/);
 	t.is(attached(world), 0);
-	t.true(existsSync(`${world.bpffs}/sidestep/v1/maps/cilium`));
+	t.true(existsSync(`${world.bpffs}/sidestep/v2/maps/cilium`));
 	const unload = world.sidestep('unload');
 	t.is(unload.code, 1);
-	t.true(existsSync(`${world.bpffs}/sidestep/v1/maps/cilium`));
+	t.true(existsSync(`${world.bpffs}/sidestep/v2/maps/cilium`));
 });
 
 test('pins of another layout version are refused, by every command', async t => {
@@ -227,7 +227,7 @@ test('pins of another layout version are refused, by every command', async t => 
 	mkdirSync(`${world.bpffs}/sidestep/v999`, {recursive: true});
 	const {code, stderr} = await fails(world.startAgent());
 	t.is(code, 1);
-	t.regex(stderr, /holds layout v999, and this build knows v1 only/);
+	t.regex(stderr, /holds layout v999, and this build knows v2 only/);
 	for (const command of [['status'], ['pods'], ['unload'], ['map', 'list']]) {
 		const result = world.sidestep(...command);
 		t.is(result.code, 1);
@@ -241,10 +241,10 @@ test('a pin that somebody removed is named', async t => {
 	const world = World.create(t);
 	const agent = await world.agent([]);
 	await agent.running.stop();
-	run('rm', [`${world.bpffs}/sidestep/v1/maps/prefixes`]);
+	run('rm', [`${world.bpffs}/sidestep/v2/maps/prefixes`]);
 	const {code, stderr} = await fails(world.startAgent());
 	t.is(code, 1);
-	t.regex(stderr, /v1 lacks maps\/prefixes: somebody removed pins; run `sidestep unload`/);
+	t.regex(stderr, /v2 lacks maps\/prefixes: somebody removed pins; run `sidestep unload`/);
 	t.is(world.sidestep('unload').code, 0);
 	await world.agent([]);
 	t.pass();

@@ -1,6 +1,7 @@
 import test from 'ava';
 import {parsePodsFile} from '../../src/config/pods-file.js';
 import {InputError} from '../../src/errors.js';
+import type {Capture} from '../../src/redirect/capture.js';
 
 const GOOD = {name: 'shop/web-0', netns: '/run/netns/web', proxy: {port: 15_001}};
 
@@ -22,10 +23,19 @@ pods:
     proxy: {port: 1}
 `, 'pods.yaml');
 	t.deepEqual(full, {
-		name: 'shop/web-0', pid: 4711, ips: ['10.0.0.2', 'fd00::2'], mode: 'proxy', proxy: {port: 15_001, addresses: ['10.0.0.9']},
-		exempt: {marks: [{value: 0x539, mask: 0xfff}, {value: 7, mask: 0xff_ff_ff_ff}, {value: 16, mask: 0xff_ff_ff_ff}], uids: [1337], gids: [0], cgroups: ['/sys/fs/cgroup/proxy']},
+		name: 'shop/web-0', pid: 4711, ips: ['10.0.0.2', 'fd00::2'],
+		wish: {
+			warnings: [],
+			capture: {
+				mode: 'proxy',
+				exempt: {marks: [{value: 0x539, mask: 0xfff}, {value: 7, mask: 0xff_ff_ff_ff}, {value: 16, mask: 0xff_ff_ff_ff}], uids: [1337], gids: [0], cgroups: ['/sys/fs/cgroup/proxy']},
+				outbound: {port: 15_001, addresses: ['10.0.0.9'], excludePorts: [], includePorts: [], excludeRanges: [], includeRanges: '*'},
+				keepSource: false, excludeInterfaces: [],
+			},
+		},
 	});
-	t.deepEqual(least, {name: 'least', netns: '/run/netns/least', mode: 'proxy', proxy: {port: 1}, exempt: {marks: [], uids: [], gids: [], cgroups: []}});
+	const {capture} = least!.wish as {capture: Capture};
+	t.deepEqual([capture.outbound.port, capture.outbound.addresses, capture.exempt], [1, undefined, {marks: [], uids: [], gids: [], cgroups: []}]);
 	t.deepEqual(parsePodsFile('pods: []', 'x'), []);
 });
 
@@ -57,7 +67,7 @@ test('no ips', refused, pod({ips: []}), 'pods.yaml: pods[0].ips: expected at lea
 test('an ip that is none', refused, pod({ips: ['10.0.0.256']}), 'pods.yaml: pods[0].ips[0]: expected an IP address, got "10.0.0.256"');
 test('two ips of one family', refused, pod({ips: ['10.0.0.1', '10.0.0.2']}), 'pods.yaml: pods[0].ips: expected at most one IPv4 address');
 test('an unspecified ip', refused, pod({ips: ['::']}), /expected an address that a connection can go to/);
-test('an unknown mode', refused, pod({mode: 'tproxy'}), 'pods.yaml: pods[0].mode: expected proxy, got "tproxy"');
+test('an unknown mode', refused, pod({mode: 'tproxy'}), 'pods.yaml: pods[0].mode: expected proxy or ambient or sidecar or auto, got "tproxy"');
 test('no proxy', refused, pod({proxy: undefined}), 'pods.yaml: pods[0].proxy: expected a mapping with port, addresses, got nothing');
 test('a proxy that is text', refused, pod({proxy: ':15001'}), /pods\[0]\.proxy: expected a mapping/);
 test('a port of 0', refused, pod({proxy: {port: 0}}), /pods\[0]\.proxy\.port: expected an integer from 1 to 65535, got 0/);
@@ -84,3 +94,27 @@ test('refused: aliases that grow without bound', t => {
 	const bomb = ['a: &a [x,x,x,x,x,x,x,x,x,x]', ...[...'bcdefgh'].map((name, index) => `${name}: &${name} [${Array.from({length: 10}, () => `*${'abcdefgh'[index]}`).join(',')}]`)].join('\n');
 	t.throws(() => parsePodsFile(bomb, 'pods.yaml'), {instanceOf: InputError});
 });
+
+const wish = (extra: object) => parsePodsFile(JSON.stringify({pods: [{name: 'shop/web', netns: '/x', ...extra}]}), 'pods.yaml')[0]!.wish;
+
+test('modes of a mesh are read from labels and annotations', t => {
+	const ambient = wish({mode: 'ambient', dns: false}) as {capture: Capture};
+	t.is(ambient.capture.mode, 'ambient');
+	t.is(ambient.capture.dns, undefined);
+	const sidecar = wish({mode: 'sidecar', dns: true, proxy: {uid: 7}, annotations: {'traffic.sidecar.istio.io/excludeOutboundPorts': '3306'}}) as {capture: Capture};
+	t.deepEqual([sidecar.capture.proxy, sidecar.capture.dns, sidecar.capture.outbound.excludePorts], [{uid: 7, gid: 1337}, {port: 15_053}, [3306]]);
+	t.is((wish({mode: 'auto', namespaceLabels: {'istio.io/dataplane-mode': 'ambient'}}) as {capture: Capture}).capture.mode, 'ambient');
+	t.regex((wish({mode: 'auto'}) as {leave: string}).leave, /neither it nor its namespace has the label/);
+});
+
+test('an annotation that cannot be read refuses its pod, and no other', t => {
+	const annotations = {'traffic.sidecar.istio.io/excludeOutboundIPRanges': '10.0.0.0/33'};
+	const [bad, good] = parsePodsFile(JSON.stringify({pods: [{name: 'a', netns: '/x', mode: 'sidecar', annotations}, {name: 'b', netns: '/y', mode: 'ambient'}]}), 'x');
+	t.regex((bad!.wish as {refused: InputError}).refused.message, /a.*excludeOutboundIPRanges.*10\.0\.0\.0\/33/);
+	t.true('capture' in good!.wish);
+});
+
+test('an annotation that is no text', refused, pod({mode: 'sidecar', proxy: undefined, annotations: {x: 5}}), 'pods.yaml: pods[0].annotations[\'x\']: expected text, got 5: put it in quotes');
+test('annotations of a proxy pod', refused, pod({annotations: {}}), 'pods.yaml: pods[0].annotations: has no meaning in mode proxy');
+test('exemptions of an ambient pod', refused, pod({mode: 'ambient', proxy: undefined, exempt: {}}), 'pods.yaml: pods[0].exempt: has no meaning in mode ambient');
+test('a proxy port of an ambient pod', refused, pod({mode: 'ambient'}), /pods\[0]\.proxy: 'port' is not known here/);

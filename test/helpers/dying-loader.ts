@@ -13,7 +13,7 @@ const onStep = (step: string) => {
 	}
 };
 
-const lock = takeWriterLock(new PinLayout(bpffs, 1));
+const lock = takeWriterLock(new PinLayout(bpffs, 2));
 if (what === 'load') {
 	load(lock, {cgroup, object, onStep});
 } else {

@@ -4,7 +4,8 @@ import path from 'node:path';
 import {fileURLToPath} from 'node:url';
 import test from 'ava';
 import {native} from '../../src/native.js';
-import {openDatapath, load, unload} from '../../src/loader/datapath.js';
+import {CGROUP_PROGRAMS, PROGRAMS, openDatapath, load, unload} from '../../src/loader/datapath.js';
+import {MAP_NAMES} from '../../src/maps/schema.js';
 import {takeWriterLock} from '../../src/loader/lock.js';
 import {PinLayout} from '../../src/loader/paths.js';
 import {eventually, run} from '../helpers/process.js';
@@ -14,7 +15,7 @@ const CHILD = fileURLToPath(new URL('../helpers/dying-loader.js', import.meta.ur
 const OBJECT = fileURLToPath(new URL('../../../build/sidestep.bpf.o', import.meta.url));
 
 function attached(world: World): number {
-	return [10, 11, 29, 30, 3, 21].flatMap(type => native.cgroupPrograms(world.cgroup, type)).length;
+	return [3, 8, 9, 10, 11, 14, 15, 19, 20, 21, 29, 30].flatMap(type => native.cgroupPrograms(world.cgroup, type)).length;
 }
 
 /** Runs `what` in a process that kills itself after its step number `dieAt`. @returns the step's name, or undefined when there were fewer. */
@@ -32,7 +33,7 @@ function dieAt(world: World, what: 'load' | 'unload', step: number, object = OBJ
 }
 
 function loadHere(world: World, object = OBJECT) {
-	const lock = takeWriterLock(new PinLayout(world.bpffs, 1));
+	const lock = takeWriterLock(new PinLayout(world.bpffs, 2));
 	try {
 		const {datapath, how} = load(lock, {cgroup: world.cgroup, object});
 		datapath.close();
@@ -43,7 +44,7 @@ function loadHere(world: World, object = OBJECT) {
 }
 
 function unloadHere(world: World): void {
-	const lock = takeWriterLock(new PinLayout(world.bpffs, 1));
+	const lock = takeWriterLock(new PinLayout(world.bpffs, 2));
 	try {
 		unload(lock);
 	} finally {
@@ -63,14 +64,14 @@ test('a first start that dies at any step is repaired by the next one', t => {
 		steps.push(name);
 		const how = loadHere(world);
 		t.is(how, name === 'renamed' ? 'adopted' : 'loaded', `died after: ${name}`);
-		t.is(attached(world), 6, `died after: ${name}`);
-		t.deepEqual(readdirSync(`${world.bpffs}/sidestep`), ['v1']);
+		t.is(attached(world), CGROUP_PROGRAMS.length, `died after: ${name}`);
+		t.deepEqual(readdirSync(`${world.bpffs}/sidestep`), ['v2']);
 		unloadHere(world);
 		t.is(attached(world), 0, `died after: ${name}`);
 		t.deepEqual(readdirSync(`${world.bpffs}/sidestep`), []);
 	}
 
-	t.is(steps.length, 16, steps.join(', '));
+	t.is(steps.length, 4 + 2 * CGROUP_PROGRAMS.length, steps.join(', '));
 	unloadHere(world);
 });
 
@@ -87,7 +88,7 @@ test('an update to another object that dies at any step is finished by the next 
 		before.maps.counters.set(4711n, {count: before.schema.reasons.map(() => 3n)});
 		before.close();
 		const name = dieAt(world, 'load', step, other);
-		t.is(attached(world), 6, `died after: ${name ?? 'nothing'}`);
+		t.is(attached(world), CGROUP_PROGRAMS.length, `died after: ${name ?? 'nothing'}`);
 		if (name === undefined) {
 			unloadHere(world);
 			break;
@@ -107,7 +108,7 @@ test('an update to another object that dies at any step is finished by the next 
 		unloadHere(world);
 	}
 
-	t.is(steps.length, 13, steps.join(', '));
+	t.is(steps.length, 1 + 2 * PROGRAMS.length, steps.join(', '));
 });
 
 test('an unload that dies at any step is finished by the next start or unload', t => {
@@ -123,7 +124,7 @@ test('an unload that dies at any step is finished by the next start or unload', 
 		steps++;
 		if (step % 2 === 0) {
 			t.is(loadHere(world), 'loaded', `died after: ${name}`);
-			t.is(attached(world), 6);
+			t.is(attached(world), CGROUP_PROGRAMS.length);
 		}
 
 		unloadHere(world);
@@ -131,13 +132,13 @@ test('an unload that dies at any step is finished by the next start or unload', 
 		t.deepEqual(readdirSync(`${world.bpffs}/sidestep`), []);
 	}
 
-	t.is(steps, 21);
+	t.is(steps, 1 + CGROUP_PROGRAMS.length + PROGRAMS.length + MAP_NAMES.length);
 });
 
 test('programs whose cgroup was removed are attached again', async t => {
 	const world = World.create(t);
 	const inner = world.subCgroup('inner');
-	const lock = takeWriterLock(new PinLayout(world.bpffs, 1));
+	const lock = takeWriterLock(new PinLayout(world.bpffs, 2));
 	t.teardown(() => {
 		lock.release();
 	});
@@ -163,7 +164,7 @@ test('programs whose cgroup was removed are attached again', async t => {
 
 test('a failure in the middle of a first start leaves nothing behind', t => {
 	const world = World.create(t);
-	const lock = takeWriterLock(new PinLayout(world.bpffs, 1));
+	const lock = takeWriterLock(new PinLayout(world.bpffs, 2));
 	t.teardown(() => {
 		lock.release();
 	});

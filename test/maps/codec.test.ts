@@ -3,6 +3,7 @@ import test from 'ava';
 import {addressFromBytes, addressToBytes, canonicalAddress} from '../../src/maps/address.js';
 import {createCodec} from '../../src/maps/codec.js';
 import type {Btf} from '../../src/maps/btf.js';
+import * as schemaModule from '../../src/maps/schema.js';
 import {MAP_NAMES, Schema, type HandshakeKey, type PodValue, type PrefixKey} from '../../src/maps/schema.js';
 import {native} from '../../src/native.js';
 
@@ -10,7 +11,7 @@ const object = native.openObject(fileURLToPath(new URL('../../../build/sidestep.
 const schema = new Schema(object.btf());
 const codecOf = <T>(map: string, side: 'key' | 'value') => createCodec<T>(schema.btf, schema.btf.maps().get(map)![side]);
 const hex = (bytes: Uint8Array) => Buffer.from(bytes).toString('hex');
-const target = {address: '', source: '', port: 0, inPod: 0};
+const target = {address: '', source: '', port: 0, inPod: 0, spread: 0};
 
 test('sizes from BTF are the sizes that the object declares', t => {
 	const specs = new Map(object.maps().map(spec => [spec.name, spec]));
@@ -25,28 +26,42 @@ test('the worked example of ARCHITECTURE.md is true', t => {
 	const pod: PodValue = {
 		policy: 3, flags: 0, exemptCgroupLevels: 0, markCount: 1,
 		marks: [{value: 0x539, mask: 0xfff}, ...Array.from({length: 3}, () => ({value: 0, mask: 0}))],
-		target4: {address: '10.0.0.2', source: '', port: 15_001, inPod: 1}, target6: target,
+		proxyUid: 0, proxyGid: 0, inboundPort: 0, dnsPort: 0,
+		target4: {address: '10.0.0.2', source: '10.0.0.2', port: 15_001, inPod: 1, spread: 1}, target6: target,
 	};
 	t.is(hex(codecOf<PodValue>('pods', 'value').encode(pod)), [
-		'0300000000000000', '0000000001000000', '39050000ff0f0000', '00'.repeat(24),
-		'00000000000000000000ffff0a000002', '00'.repeat(16), '3a99010000000000', '00'.repeat(40),
+		'0300000000000000', '0000000001000000', '39050000ff0f0000', '00'.repeat(24), '00'.repeat(16),
+		'00000000000000000000ffff0a000002', '00000000000000000000ffff0a000002', '3a99010001000000', '00'.repeat(40),
 	].join(''));
 	t.is(hex(codecOf<PrefixKey>('prefixes', 'key').encode({bits: 160, policy: 3, address: '10.0.0.2'})), 'a00000000000000300000000000000000000ffff0a000002');
 	const handshake = codecOf<HandshakeKey>('handshakes', 'key');
 	const key = {netns: 4711n, client: '10.0.0.2', proxy: '10.0.0.2', clientPort: 40_000, proxyPort: 15_001};
 	t.is(hex(handshake.encode(key)), '671200000000000000000000000000000000ffff0a00000200000000000000000000ffff0a000002409c993a00000000');
 	t.deepEqual(handshake.decode(handshake.encode(key)), key);
-	t.is(hex(codecOf('handshakes', 'value').encode({address: '10.0.9.9', port: 80, inPod: 1, role: 'ROLE_PROXY', netns: 4711n})), '00000000000000000000ffff0a00090900500100020000006712000000000000');
+	t.is(hex(codecOf('handshakes', 'value').encode({address: '10.0.9.9', port: 80, inPod: 1, role: 'ROLE_PROXY', netns: 4711n, dnsPort: 0})), '00000000000000000000ffff0a000909005001000200000067120000000000000000000000000000');
+});
+
+test('the bits that TypeScript knows are those of the object', t => {
+	const known = schemaModule as unknown as Readonly<Record<string, number>>;
+	for (const name of ['pod_flags', 'prefix_flags', 'port_flags', 'namespace_change', 'role']) {
+		for (const [bit, value] of schema.btf.enum(name)) {
+			t.is(known[bit] ?? (bit === 'ROLE_RESOLVER' ? value : undefined), value, bit);
+		}
+	}
 });
 
 test('what is written is read back', t => {
 	const samples: Array<[string, 'key' | 'value', unknown]> = [
 		['pods', 'key', 2n ** 64n - 1n],
-		['pod_info', 'value', {name: 'shop/wéb', mode: 'proxy', address4: '10.0.0.2', address6: 'fd00::2', netnsDevice: 4n, netnsInode: 4_026_531_840n, enrolledAtMs: 1_795_230_695_007n}],
-		['prefixes', 'value', {kind: 'PREFIX_NOT_UNICAST'}],
+		['pod_info', 'value', {name: 'shop/wéb', mode: 'proxy', address4: '10.0.0.2', address6: 'fd00::2', netnsDevice: 4n, netnsInode: 4_026_531_840n, enrolledAtMs: 1_795_230_695_007n, namespaceChanges: 255}],
+		['prefixes', 'value', {flags: 63}],
+		['ports', 'key', {policy: 1, port: 65_535}],
+		['addresses', 'key', {bits: 128, address: 'fd00::2'}],
+		['passes', 'key', {client: '10.0.0.1', server: '10.0.0.2', clientPort: 40_000, serverPort: 80}],
+		['passes', 'value', {reason: 'REASON_INBOUND_BYPASS_NODE'}],
 		['exemptions', 'key', {policy: 0xff_ff_ff_ff, kind: 'EXEMPT_CGROUP', id: 77n}],
 		['handshakes', 'key', {netns: 0n, client: 'fd00::2', proxy: '::1', clientPort: 65_535, proxyPort: 1}],
-		['handshakes', 'value', {address: '::1', port: 65_535, inPod: 0, role: 'ROLE_CLIENT', netns: 1n}],
+		['handshakes', 'value', {address: '::1', port: 65_535, inPod: 0, role: 'ROLE_CLIENT', netns: 1n, dnsPort: 15_053}],
 		['build', 'value', {layout: 1, version: '0.1.0', objectSha256: 'f'.repeat(64)}],
 	];
 	for (const [map, side, value] of samples) {
@@ -63,9 +78,9 @@ test('values that do not fit are refused by name', t => {
 	t.throws(() => codec.encode({bits: 1, policy: 1, address: '', more: 1}), {message: 'value: struct prefix_key has no more'});
 	t.throws(() => codec.encode({bits: 1, policy: 1, address: 'x'}), {message: /Expected an IP address/});
 	t.throws(() => codec.decode(new Uint8Array(3)), {message: 'Expected 24 bytes, got 3'});
-	t.throws(() => codecOf<unknown>('prefixes', 'value').encode({kind: 'PREFIX_NONE'}), {message: 'kind: PREFIX_NONE is not one of enum prefix_kind'});
+	t.throws(() => codecOf<unknown>('passes', 'value').encode({reason: 'REASON_NONE'}), {message: 'reason: REASON_NONE is not one of enum reason'});
 	const info = codecOf<unknown>('pod_info', 'value');
-	t.throws(() => info.encode({name: 'x'.repeat(320), mode: '', address4: '', address6: '', netnsDevice: 0n, netnsInode: 0n, enrolledAtMs: 0n}), {message: 'name: expected text of at most 319 bytes'});
+	t.throws(() => info.encode({name: 'x'.repeat(320), mode: '', address4: '', address6: '', netnsDevice: 0n, netnsInode: 0n, enrolledAtMs: 0n, namespaceChanges: 0}), {message: 'name: expected text of at most 319 bytes'});
 });
 
 test('a hole in a struct is refused by name', t => {

@@ -1,22 +1,24 @@
 import test from 'ava';
 import {parsePodsFile} from '../../src/config/pods-file.js';
 import {PodError} from '../../src/errors.js';
-import type {PodInfo, PodValue} from '../../src/maps/schema.js';
+import {PREFIX_LOCAL, PREFIX_LOCALHOST, PREFIX_NOT_UNICAST, type PodInfo, type PodValue} from '../../src/maps/schema.js';
+import type {Capture} from '../../src/redirect/capture.js';
 import {plan, type Change, type KernelState} from '../../src/redirect/plan.js';
 import {compilePolicy, type PodFacts, type PodPolicy} from '../../src/redirect/policy.js';
 
 const FACTS: PodFacts = {
 	cookie: 1n, device: 4n, inode: 100n, addresses: ['10.0.0.2', 'fd00::2'],
-	localRoutes: [{address: '10.0.0.2', prefixLength: 32, isUnicast: true}, {address: '127.0.0.0', prefixLength: 8, isUnicast: true}, {address: '10.0.0.255', prefixLength: 32, isUnicast: false}, {address: 'fd00::2', prefixLength: 128, isUnicast: true}],
-	cgroups: [],
+	localRoutes: [{address: '10.0.0.2', bits: 32, isUnicast: true}, {address: '127.0.0.0', bits: 8, isUnicast: true}, {address: '10.0.0.255', bits: 32, isUnicast: false}, {address: 'fd00::2', bits: 128, isUnicast: true}],
+	routes: [], interfaces: [], cgroups: [],
 };
 
 function policy(entry: object = {}, facts: Partial<PodFacts> = {}): PodPolicy {
 	const [spec] = parsePodsFile(JSON.stringify({pods: [{name: 'a/b', netns: '/x', proxy: {port: 15_001}, exempt: {marks: ['0x539/0xfff']}, ...entry}]}), 'x');
-	return compilePolicy(spec!, {...FACTS, ...facts});
+	const {name, ips, wish} = spec!;
+	return compilePolicy({name, ...(ips ? {ips} : {}), capture: (wish as {capture: Capture}).capture}, {...FACTS, ...facts});
 }
 
-const EMPTY: KernelState = {pods: new Map(), infos: new Map(), counters: new Set(), prefixes: [], exemptions: []};
+const EMPTY: KernelState = {pods: new Map(), infos: new Map(), counters: new Set(), prefixes: [], ports: [], exemptions: [], addresses: []};
 
 /** The maps after the changes: a model of apply.ts. */
 function carryOut(state: KernelState, changes: readonly Change[]): KernelState {
@@ -25,13 +27,19 @@ function carryOut(state: KernelState, changes: readonly Change[]): KernelState {
 	const counters = new Set(state.counters);
 	let prefixes = [...state.prefixes];
 	let exemptions = [...state.exemptions];
+	let ports = [...state.ports];
+	let addresses = [...state.addresses];
 	const same = (a: object, b: object) => JSON.stringify(Object.entries(a).map(String).sort()) === JSON.stringify(Object.entries(b).map(String).sort());
 	for (const step of changes.flatMap(({steps}) => steps)) {
 		switch (step.do) {
 			case 'put prefix': { prefixes.push([step.key, step.value]); break; }
 			case 'put exemption': { exemptions.push(step.key); break; }
 			case 'put counters': { counters.add(step.cookie); break; }
-			case 'put info': { infos.set(step.cookie, {...step.info, enrolledAtMs: step.enrolledAtMs ?? 5n}); break; }
+			case 'put port': { ports.push([step.key, step.value]); break; }
+			case 'put address': { addresses.push([step.key, step.cookie]); break; }
+			case 'delete port': { ports = ports.filter(([key]) => !same(key, step.key)); break; }
+			case 'delete address': { addresses = addresses.filter(([key]) => !same(key, step.key)); break; }
+			case 'put info': { infos.set(step.cookie, {...step.info, enrolledAtMs: 5n, namespaceChanges: 0}); break; }
 			case 'put pod': { pods.set(step.cookie, step.pod); break; }
 			case 'delete pod': { pods.delete(step.cookie); break; }
 			case 'delete info': { infos.delete(step.cookie); break; }
@@ -41,28 +49,31 @@ function carryOut(state: KernelState, changes: readonly Change[]): KernelState {
 		}
 	}
 
-	return {pods, infos, counters, prefixes, exemptions};
+	return {pods, infos, counters, prefixes, ports, exemptions, addresses};
 }
 
 test('a proxy in the pod is reached at the pod\'s own addresses', t => {
 	const {pod} = policy();
-	t.deepEqual(pod.target4, {address: '10.0.0.2', source: '', port: 15_001, inPod: 1});
-	t.deepEqual(pod.target6, {address: 'fd00::2', source: '', port: 15_001, inPod: 1});
+	t.deepEqual(pod.target4, {address: '10.0.0.2', source: '10.0.0.2', port: 15_001, inPod: 1, spread: 1});
+	t.deepEqual(pod.target6, {address: 'fd00::2', source: 'fd00::2', port: 15_001, inPod: 1, spread: 0});
 	t.is(pod.markCount, 1);
 });
 
 test('a proxy on loopback binds the pod\'s address, one elsewhere does not, and a family without one is refused', t => {
-	t.deepEqual(policy({proxy: {port: 1, addresses: ['127.0.0.1']}}).pod.target4, {address: '127.0.0.1', source: '10.0.0.2', port: 1, inPod: 1});
+	t.deepEqual(policy({proxy: {port: 1, addresses: ['127.0.0.1']}}).pod.target4, {address: '127.0.0.1', source: '10.0.0.2', port: 1, inPod: 1, spread: 0});
 	const {pod} = policy({proxy: {port: 1, addresses: ['10.9.9.9']}, exempt: {}});
-	t.deepEqual(pod.target4, {address: '10.9.9.9', source: '', port: 1, inPod: 0});
+	t.deepEqual(pod.target4, {address: '10.9.9.9', source: '10.0.0.2', port: 1, inPod: 0, spread: 0});
 	t.is(pod.target6.address, '');
 	t.is(policy({}, {addresses: ['10.0.0.2']}).pod.target6.address, '');
 });
 
 test('local routes become prefixes of the 16-byte form, with what no rule ever captures', t => {
-	const prefixes = policy().prefixes.map(({address, bits, kind}) => `${address}/${bits} ${kind}`);
-	for (const wanted of ['10.0.0.2/128 PREFIX_LOCAL', '127.0.0.0/104 PREFIX_LOCAL', '10.0.0.255/128 PREFIX_NOT_UNICAST', 'fd00::2/128 PREFIX_LOCAL', '::1/128 PREFIX_LOCAL', '/128 PREFIX_LOCAL', '224.0.0.0/100 PREFIX_NOT_UNICAST', 'ff00::/8 PREFIX_NOT_UNICAST']) {
-		t.true(prefixes.includes(wanted), wanted);
+	const prefixes = policy().prefixes.map(({address, bits, flags}) => `${address}/${bits} ${flags}`);
+	for (const wanted of [
+		`10.0.0.2/128 ${PREFIX_LOCAL}`, `127.0.0.0/104 ${PREFIX_LOCAL}`, `127.0.0.1/128 ${PREFIX_LOCAL | PREFIX_LOCALHOST}`, `10.0.0.255/128 ${PREFIX_NOT_UNICAST}`,
+		`fd00::2/128 ${PREFIX_LOCAL}`, `::1/128 ${PREFIX_LOCAL | PREFIX_LOCALHOST}`, `224.0.0.0/100 ${PREFIX_NOT_UNICAST}`, `ff00::/8 ${PREFIX_NOT_UNICAST}`, '0.0.0.0/96 0',
+	]) {
+		t.true(prefixes.includes(wanted), `${wanted} in ${prefixes.join(', ')}`);
 	}
 
 	t.is(new Set(prefixes).size, prefixes.length);
@@ -124,7 +135,7 @@ test('whatever a crash leaves of any change, the next plan makes right', t => {
 			const changes = plan(start, to);
 			const steps = changes.flatMap(change => change.steps);
 			for (let cut = 0; cut <= steps.length; cut++) {
-				const broken = carryOut(start, [{kind: 'update', pod: '', steps: steps.slice(0, cut)}]);
+				const broken = carryOut(start, [{kind: 'update', pod: '', cookie: 0n, steps: steps.slice(0, cut)}]);
 				// Whoever is in pods at any moment has whole lists.
 				for (const [cookie, value] of broken.pods) {
 					const source = [...from, ...to].filter(candidate => candidate.cookie === cookie);

@@ -1,0 +1,44 @@
+/**
+The TCP sockets of a pod, with what became of them and what would become of them now.
+*/
+import type {Datapath} from '../loader/datapath.js';
+import {addressToBytes} from '../maps/address.js';
+import {reasonName, type SocketRecord} from '../maps/schema.js';
+import type {NetNs} from '../native.js';
+
+const TCP_CLOSE = 7;
+const TCP_LISTEN = 10;
+const STATES = ['', 'established', 'syn_sent', 'syn_recv', 'fin_wait1', 'fin_wait2', 'time_wait', 'close', 'close_wait', 'last_ack', 'listen', 'closing'];
+
+export interface PodSocket {
+	readonly record: SocketRecord;
+	readonly direction: 'in' | 'out' | 'listen';
+	readonly state: string;
+	/** Its decision, were it made now: one of the counters' reasons. */
+	readonly reason: string;
+	/** Captured, by the application or towards the proxy. */
+	readonly isCaptured: boolean;
+	/** It would be captured if it were made now, and is not: it is older than the pod's enrolment or policy. */
+	readonly isMissed: boolean;
+}
+
+export function readSockets({programs, schema}: Pick<Datapath, 'programs' | 'schema'>, netns: NetNs): readonly PodSocket[] {
+	const codec = schema.codec<SocketRecord>('socket_record');
+	const bytes = netns.runIterator(programs.get('sockets')!);
+	const records = Array.from({length: bytes.length / codec.size}, (_, index) => codec.decode(bytes.subarray(index * codec.size, (index + 1) * codec.size)));
+	const listening = new Set(records.filter(({state}) => state === TCP_LISTEN).map(({localPort}) => localPort));
+	return records.filter(({state}) => state !== TCP_CLOSE).map(record => {
+		const isListener = record.state === TCP_LISTEN;
+		// What was accepted has its listener's port; of what was connected, the kernel knows no more than the port it chose.
+		const direction = isListener ? 'listen' : listening.has(record.localPort) ? 'in' : 'out';
+		const reason = isListener ? '' : reasonName(direction === 'in' ? record.inbound : record.outbound);
+		const isCaptured = record.role !== 0;
+		return {record, direction, state: STATES[record.state] ?? String(record.state), reason, isCaptured, isMissed: !isCaptured && /^(?:redirected|steered)/.test(reason)};
+	});
+}
+
+/** Aborts those that are missed, as iptables rules do to connections that are older than they. @returns how many. */
+export function resetMissed(sockets: readonly PodSocket[], netns: NetNs): number {
+	return sockets.filter(({isMissed}) => isMissed).filter(({record: {local, remote, localPort, remotePort}}) =>
+		netns.destroyTcpSocket({address: addressToBytes(local), port: localPort}, {address: addressToBytes(remote), port: remotePort})).length;
+}
