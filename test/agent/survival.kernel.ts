@@ -1,5 +1,6 @@
 import {existsSync, readFileSync, readdirSync} from 'node:fs';
 import test from 'ava';
+import {PROGRAMS, openDatapath} from '../../src/loader/datapath.js';
 import {PROXY_MARK, PROXY_PORT, captureBySidestep, podEntry} from '../helpers/capture.js';
 import {eventually} from '../helpers/process.js';
 import {World, type ManyResult} from '../helpers/world.js';
@@ -86,7 +87,6 @@ test('what somebody changes in the maps is repaired at the next resync', async t
 	const world = World.create(t);
 	const pod = world.pod('pod');
 	const agent = await world.agent([podEntry(pod)], ['--resync', '200']);
-	const {openDatapath} = await import('../../src/loader/datapath.js');
 	const datapath = openDatapath(world.bpffs);
 	t.teardown(() => {
 		datapath.close();
