@@ -17,6 +17,7 @@ int explain(struct __sk_buff *ctx)
 	if (!pod)
 		return -ENOENT;
 	question.inbound = pod->flags & POD_INBOUND ? decide_inbound(pod, &question.flow) : REASONS;
+	resolve_unspecified(&question.flow);
 	question.outbound = decide_outbound(pod, &question.flow).reason;
 	return bpf_skb_store_bytes(ctx, 0, &question, sizeof(question), 0);
 }

@@ -322,7 +322,7 @@ struct handshake_key {
 struct flow {
 	__u64 netns;
 	struct address source;         /* outbound: what the socket is bound to, or none */
-	struct address destination;    /* as the application gave it; not unspecified */
+	struct address destination;    /* as the application gave it */
 	__be16 source_port;
 	__be16 destination_port;
 	__u32 protocol;                /* IPPROTO_TCP or _UDP */

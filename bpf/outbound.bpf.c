@@ -39,14 +39,6 @@ static __always_inline struct address bound_address(struct bpf_sock_addr *ctx, b
 	return address_of_words(sk->src_ip6[0], sk->src_ip6[1], sk->src_ip6[2], sk->src_ip6[3]);
 }
 
-/* As the kernel does (ip_route_output_key, tcp_v6_connect): to the own address, or to localhost. */
-static __always_inline struct address resolve_unspecified(const struct address *destination, const struct address *source)
-{
-	if (!is_unspecified(destination))
-		return *destination;
-	return is_ipv4(destination) && !is_none(source) ? *source : localhost(is_ipv4(destination));
-}
-
 static __always_inline __u32 transport_of(struct bpf_sock_addr *ctx)
 {
 	return ctx->protocol == IPPROTO_MPTCP ? IPPROTO_TCP : ctx->protocol;
@@ -191,7 +183,7 @@ static __always_inline int capture(struct bpf_sock_addr *ctx, struct flow *flow,
 		return ALLOW;
 	}
 
-	flow->destination = resolve_unspecified(&flow->destination, &flow->source);
+	resolve_unspecified(flow);
 	read_flow(ctx, pod, netns, flow);
 	decision = decide_outbound(pod, flow);
 	if (!is_captured(decision.reason)) {

@@ -79,6 +79,15 @@ static __always_inline enum reason decide_by_exemption(const struct pod *pod, co
 	return tcp ? REASON_REDIRECTED : REASON_REDIRECTED_DNS; /* O6, O2 */
 }
 
+/* As the kernel does before it looks for a route: to the address that the socket is bound to, or to localhost. */
+static __always_inline void resolve_unspecified(struct flow *flow)
+{
+	bool ipv4 = is_ipv4(&flow->destination);
+
+	if (is_unspecified(&flow->destination))
+		flow->destination = ipv4 && !is_none(&flow->source) ? flow->source : localhost(ipv4);
+}
+
 /* An unbound IPv6 socket takes a local destination as its source; an unbound IPv4 one takes 127.0.0.1 for all of 127/8. */
 static __always_inline bool is_passthrough(const struct flow *flow)
 {

@@ -275,7 +275,7 @@ function endpoint(text: string): Endpoint {
 	const port = Number(match?.[3]);
 	try {
 		const address = canonicalAddress(match?.[1] ?? match?.[2] ?? '');
-		if (!match || port < 1 || port > 65_535 || address === '' || (match[2] !== undefined && !isIpv4Address(match[2]))) {
+		if (!match || port < 1 || port > 65_535 || (match[2] !== undefined && !isIpv4Address(match[2]))) {
 			throw new TypeError('not an endpoint');
 		}
 

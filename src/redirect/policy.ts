@@ -159,11 +159,11 @@ function targetOf({outbound}: Capture, facts: PodFacts, own: string, v6: boolean
 }
 
 function prefixesOf({mode, outbound}: Capture, facts: PodFacts, excluded: ReadonlySet<number>): readonly Prefix[] {
-	const local = facts.localRoutes.map(({address, bits, isUnicast}): Range => ({address, bits, flags: isUnicast ? PREFIX_LOCAL : PREFIX_NOT_UNICAST, route: 0}));
+	// ::6 is there for sidecars: put on lo after the facts were read, or still to be taken away.
+	const local = facts.localRoutes.filter(({address}) => address !== PASSTHROUGH_ADDRESS).map(({address, bits, isUnicast}): Range => ({address, bits, flags: isUnicast ? PREFIX_LOCAL : PREFIX_NOT_UNICAST, route: 0}));
 	const routes = excluded.size > 0 ? facts.routes.map(({address, bits, interfaceIndex}): Range => ({address, bits, route: excluded.has(interfaceIndex) ? PREFIX_INTERFACE : 0})) : [];
 	return flatten([
 		...ALWAYS,
-		// Put on lo after this was read, in the first round.
 		...(mode === 'sidecar' ? [{address: PASSTHROUGH_ADDRESS, bits: 128, flags: PREFIX_LOCAL}] : []),
 		...routes,
 		...local,

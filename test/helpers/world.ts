@@ -6,7 +6,6 @@ import {chmodSync, copyFileSync, existsSync, mkdirSync, mkdtempSync, readdirSync
 import {tmpdir} from 'node:os';
 import path from 'node:path';
 import {fileURLToPath} from 'node:url';
-import type {ExecutionContext} from 'ava';
 import {findCgroup2} from '../../src/loader/host.js';
 import {native} from '../../src/native.js';
 import {Running, eventually, must, run, type Result} from './process.js';
@@ -15,7 +14,7 @@ const ROOT = fileURLToPath(new URL('../../../', import.meta.url));
 const PREFIX = 'sst';
 /** The helper programs; each world has copies that other users can run, as the tree itself may be closed to them. */
 const BIN = path.join(ROOT, 'build/test');
-const PROGRAMS = ['in', 'client', 'server', 'proxy'] as const;
+const PROGRAMS = ['in', 'client', 'server', 'proxy', 'ztunnel', 'dns', 'dnsserver', 'flows', 'acceptor', 'connector'] as const;
 export const CLI = path.join(ROOT, 'dist/src/cli/main.js');
 export const ENVOY = path.join(ROOT, '.cache/envoy/envoy');
 
@@ -45,6 +44,29 @@ export interface ProxyLine {
 	readonly answers: ReadonlyArray<{readonly level: string; readonly length: number; readonly result: string; readonly returned?: number; readonly bytes?: string}>;
 }
 
+export interface ZtunnelLine {
+	readonly listener: number;
+	readonly protocol: 'tcp' | 'udp';
+	readonly peer: string;
+	readonly local: string;
+	/** Empty where it was not asked for. */
+	readonly original_dst: string;
+	/** Who knew the original destination. */
+	readonly from: 'ip' | 'ipv6' | 'sockname' | '';
+	/** Empty when nothing was connected to. */
+	readonly upstream_local: string;
+}
+
+export interface DnsResult {
+	readonly to: string;
+	readonly outcome: string;
+	/** Empty over TCP. */
+	readonly answer_from: string;
+	readonly peer: string;
+	readonly local: string;
+	readonly answer: {readonly server: string; readonly peer: string} | null;
+}
+
 export interface As {
 	readonly uid?: number;
 	readonly gid?: number;
@@ -58,10 +80,12 @@ export class World {
 	readonly directory: string;
 	readonly bpffs: string;
 	readonly cgroup: string;
+	/** The node's own namespace: 10.77.0.1 and fd77::1 on the bridge. */
+	readonly node: Pod;
 	readonly #undo: Array<() => void | Promise<void>> = [];
 	#pods = 0;
 
-	private constructor(readonly t: ExecutionContext) {
+	private constructor() {
 		if (process.getuid?.() !== 0) {
 			throw new Error('kernel tests need root: run them as root');
 		}
@@ -72,10 +96,12 @@ export class World {
 		chmodSync(this.directory, 0o755);
 		this.bpffs = path.join(this.directory, 'bpf');
 		this.cgroup = path.join(findCgroup2()!, this.id);
+		this.node = new Pod(this, 'node', `${this.id}-node`, '10.77.0.1', 'fd77::1');
 	}
 
-	static create(t: ExecutionContext): World {
-		const world = new World(t);
+	/** @param t - a test, or whatever else cleans up at its end. */
+	static create(t: {teardown(clean: () => Promise<void>): void}): World {
+		const world = new World();
 		const clean = async () => world.#clean();
 		t.teardown(clean);
 		world.#undo.push(() => {
@@ -92,7 +118,7 @@ export class World {
 		});
 		mkdirSync(world.cgroup);
 		world.#undo.push(async () => removeCgroup(world.cgroup));
-		world.#node();
+		world.#makeNode();
 		return world;
 	}
 
@@ -117,8 +143,8 @@ export class World {
 		const number = ++this.#pods + 1;
 		const netns = `${this.id}-${name}`;
 		this.#netns(netns);
-		must('ip', 'link', 'add', 'eth0', 'netns', netns, 'type', 'veth', 'peer', 'name', `v${number}`, 'netns', `${this.id}-node`);
-		must('ip', '-n', `${this.id}-node`, 'link', 'set', `v${number}`, 'master', 'br0', 'up');
+		must('ip', 'link', 'add', 'eth0', 'netns', netns, 'type', 'veth', 'peer', 'name', `v${number}`, 'netns', this.node.netnsName);
+		must('ip', '-n', this.node.netnsName, 'link', 'set', `v${number}`, 'master', 'br0', 'up');
 		// A link-local address would come a second or two later, when its uniqueness is known, and change the pod under the test.
 		must('ip', '-n', netns, 'link', 'set', 'eth0', 'addrgenmode', 'none');
 		const ipv4 = options.ipv4 === false ? '' : `10.77.0.${number}`;
@@ -172,19 +198,21 @@ export class World {
 
 	/** @param wrapper - a command that runs the agent's. */
 	startAgent(extra: readonly string[] = [], wrapper: readonly string[] = []): Agent {
-		const running = Running.start(this.program('in'), ['--cgroup', this.cgroup, '--', ...wrapper, process.execPath, CLI, 'run', '--pods-file', this.podsFile, '--bpffs', this.bpffs, '--cgroup', this.cgroup, '--metrics-address', '127.0.0.1:0', ...extra]);
+		const running = Running.start(this.program('in'), ['--cgroup', this.cgroup, '--', ...wrapper, process.execPath, CLI, 'run', '--pods-file', this.podsFile, '--bpffs', this.bpffs, '--cgroup', this.cgroup, '--node-netns', this.node.netns, '--metrics-address', '127.0.0.1:0', ...extra]);
 		this.#undo.push(async () => {
 			await running.stop('SIGKILL');
 		});
 		return new Agent(running);
 	}
 
-	#node(): void {
-		const node = `${this.id}-node`;
+	#makeNode(): void {
+		const node = this.node.netnsName;
 		this.#netns(node);
+		// A neighbour is asked for from the link-local address where the packet's own source is not the node's (SNAT), and only once that address is known to be unique.
+		must('ip', 'netns', 'exec', node, 'sysctl', '-qw', 'net.ipv6.conf.default.accept_dad=0');
 		must('ip', '-n', node, 'link', 'add', 'br0', 'type', 'bridge');
-		must('ip', '-n', node, 'addr', 'add', '10.77.0.1/24', 'dev', 'br0');
-		must('ip', '-n', node, 'addr', 'add', 'fd77::1/64', 'dev', 'br0', 'nodad');
+		must('ip', '-n', node, 'addr', 'add', `${this.node.ipv4}/24`, 'dev', 'br0');
+		must('ip', '-n', node, 'addr', 'add', `${this.node.ipv6}/64`, 'dev', 'br0', 'nodad');
 		must('ip', '-n', node, 'link', 'set', 'br0', 'up');
 	}
 
@@ -278,13 +306,26 @@ export class Pod {
 		return this.#ready([this.world.program('proxy'), ...options], as);
 	}
 
-	client(to: string, options: readonly string[] = [], as?: As): ClientResult {
-		const {stdout, stderr} = this.run([this.world.program('client'), '--to', to, ...options], as);
-		if (!stdout) {
-			throw new Error(`client ${to} ${options.join(' ')}: ${stderr}`);
-		}
+	async dnsserver(...addresses: readonly string[]): Promise<Running> {
+		return this.#ready([this.world.program('dnsserver'), ...addresses]);
+	}
 
-		return JSON.parse(stdout) as ClientResult;
+	async ztunnel(options: readonly string[] = [], as?: As): Promise<Running> {
+		return this.#ready([this.world.program('ztunnel'), ...options], as);
+	}
+
+	client(to: string, options: readonly string[] = [], as?: As): ClientResult {
+		return this.connections([to], options, as)[0]!;
+	}
+
+	/** Connects to each in turn; all stay open until the last is done. */
+	connections(to: readonly string[], options: readonly string[] = [], as?: As): ClientResult[] {
+		return this.#asked<ClientResult>('client', to, options, as);
+	}
+
+	/** Asks each resolver, over one socket where it is UDP. */
+	dns(to: readonly string[], options: readonly string[] = [], as?: As): DnsResult[] {
+		return this.#asked<DnsResult>('dns', to, options, as);
 	}
 
 	startClients(to: readonly string[], options: readonly string[], as?: As): Running {
@@ -300,6 +341,15 @@ export class Pod {
 		}
 
 		return last;
+	}
+
+	#asked<T>(program: 'client' | 'dns', to: readonly string[], options: readonly string[], as?: As): T[] {
+		const {stdout, stderr} = this.run([this.world.program(program), ...to.flatMap(address => ['--to', address]), ...options], as);
+		if (!stdout) {
+			throw new Error(`${program} ${to.join(' ')} ${options.join(' ')}: ${stderr}`);
+		}
+
+		return stdout.trimEnd().split('\n').map(line => JSON.parse(line) as T);
 	}
 
 	async #ready(command: readonly string[], as?: As): Promise<Running> {

@@ -1,5 +1,5 @@
 /*
- * client --to ADDRESS:PORT… [--family 4|6|mapped] [--bind ADDRESS:PORT] [--device IF] [--mark N] [--nonblock] [--tfo sendto|connect] [--mptcp]
+ * client --to ADDRESS:PORT… [--family 4|6|mapped] [--bind ADDRESS:PORT] [--reuseport] [--device IF] [--mark N] [--nonblock] [--tfo sendto|connect] [--mptcp]
  *        [--send TEXT] [--timeout MS] [--count N --parallel P] [--hold]
  * Connects, reads the server's hello, expects an echo, and says what it saw.
  */
@@ -17,7 +17,7 @@
 static struct {
 	const char *to[TO_MAX], *family, *bind, *device, *tfo, *send;
 	int to_count, mark, timeout, count, parallel;
-	bool nonblock, mptcp, hold;
+	bool nonblock, mptcp, hold, reuseport;
 } options = {.send = "ping", .timeout = 3000, .parallel = 1, .count = -1, .mark = -1};
 
 struct result {
@@ -103,15 +103,9 @@ static const char *connect_with_poll(int fd, const union address *to)
 
 static union address destination(const char *text)
 {
-	union address to = parse_address(text), mapped = {0};
+	union address to = parse_address(text);
 
-	if (!options.family || strcmp(options.family, "mapped"))
-		return to;
-	mapped.in6.sin6_family = AF_INET6;
-	mapped.in6.sin6_port = to.in.sin_port;
-	mapped.in6.sin6_addr.s6_addr[10] = mapped.in6.sin6_addr.s6_addr[11] = 0xff;
-	memcpy(&mapped.in6.sin6_addr.s6_addr[12], &to.in.sin_addr, 4);
-	return mapped;
+	return options.family && !strcmp(options.family, "mapped") ? mapped(to) : to;
 }
 
 static const char *open_connection(struct result *result, const union address *to, const char *message)
@@ -133,6 +127,8 @@ static const char *open_connection(struct result *result, const union address *t
 		union address source = parse_address(options.bind);
 
 		setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
+		if (options.reuseport)
+			setsockopt(fd, SOL_SOCKET, SO_REUSEPORT, &on, sizeof(on));
 		if (bind(fd, &source.any, address_size(&source)))
 			return errno_name(errno);
 	}
@@ -312,6 +308,8 @@ int main(int argc, char **argv)
 			options.mptcp = true;
 		else if (!strcmp(name, "--hold"))
 			options.hold = true;
+		else if (!strcmp(name, "--reuseport"))
+			options.reuseport = true;
 		else if (++i == argc)
 			misuse(name);
 		else if (!strcmp(name, "--to") && options.to_count < TO_MAX)

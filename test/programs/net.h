@@ -126,26 +126,70 @@ static inline void prepare_process(void)
 	}
 }
 
-static inline int listen_at(const char *text)
+/* A socket bound there, or the end of the process. `prepare`, if any, sets options before the bind. */
+static inline int socket_at(const char *text, int type, void (*prepare)(int fd))
 {
 	union address address = parse_address(text);
-	int fd = socket(address.any.sa_family, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), on = 1, fastopen = 64;
+	int fd = socket(address.any.sa_family, type | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), on = 1;
 
 	if (fd < 0) {
 		perror("socket");
 		exit(1);
 	}
 	setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
-	setsockopt(fd, SOL_TCP, TCP_FASTOPEN, &fastopen, sizeof(fastopen));
 	if (address.any.sa_family == AF_INET6) {
 		on = !IN6_IS_ADDR_UNSPECIFIED(&address.in6.sin6_addr);
 		setsockopt(fd, SOL_IPV6, IPV6_V6ONLY, &on, sizeof(on));
 	}
-	if (bind(fd, &address.any, address_size(&address)) || listen(fd, 4096)) {
+	if (prepare)
+		prepare(fd);
+	if (bind(fd, &address.any, address_size(&address))) {
 		perror(text);
 		exit(1);
 	}
 	return fd;
+}
+
+static inline int listen_prepared(const char *text, void (*prepare)(int fd))
+{
+	int fd = socket_at(text, SOCK_STREAM, prepare), fastopen = 64;
+
+	setsockopt(fd, SOL_TCP, TCP_FASTOPEN, &fastopen, sizeof(fastopen));
+	if (listen(fd, 4096)) {
+		perror(text);
+		exit(1);
+	}
+	return fd;
+}
+
+static inline int listen_at(const char *text)
+{
+	return listen_prepared(text, NULL);
+}
+
+/* ::ffff:a.b.c.d as a.b.c.d; any other address as it is. */
+static inline union address unmapped(union address address)
+{
+	union address plain = {0};
+
+	if (address.any.sa_family != AF_INET6 || !IN6_IS_ADDR_V4MAPPED(&address.in6.sin6_addr))
+		return address;
+	plain.in.sin_family = AF_INET;
+	plain.in.sin_port = address.in6.sin6_port;
+	memcpy(&plain.in.sin_addr, &address.in6.sin6_addr.s6_addr[12], 4);
+	return plain;
+}
+
+/* a.b.c.d as ::ffff:a.b.c.d */
+static inline union address mapped(union address address)
+{
+	union address six = {0};
+
+	six.in6.sin6_family = AF_INET6;
+	six.in6.sin6_port = address.in.sin_port;
+	six.in6.sin6_addr.s6_addr[10] = six.in6.sin6_addr.s6_addr[11] = 0xff;
+	memcpy(&six.in6.sin6_addr.s6_addr[12], &address.in.sin_addr, 4);
+	return six;
 }
 
 #endif
