@@ -276,3 +276,30 @@ test('200 connections at once go through the proxy, to the right place', async t
 	const [{accepted}] = world.json<[{accepted: number}]>('pods');
 	t.is(accepted, 600);
 });
+
+test('a pod holds as many connections to each destination as it has ports: IPv4 as under iptables, IPv6 to all together, as the README says', async t => {
+	const world = World.create(t);
+	const PORTS = 20;
+	const DESTINATIONS = 5;
+	const addresses = Array.from({length: DESTINATIONS}, (_, index) => ({v4: `10.77.0.${200 + index}`, v6: `fd77::f${index}`}));
+	const far = world.pod('far', {more: addresses.flatMap(({v4, v6}) => [v4, v6])});
+	await far.server('0.0.0.0:8080', ...addresses.map(({v6}) => `[${v6}]:8080`));
+	const pods = {iptables: world.pod('iptables'), sidestep: world.pod('sidestep')};
+	for (const pod of Object.values(pods)) {
+		pod.must('sysctl', '-qw', `net.ipv4.ip_local_port_range=50000 ${50_000 + PORTS - 1}`);
+		await pod.proxy(['--listen', `[::]:${PROXY_PORT}`, '--no-relay']);
+	}
+
+	captureByIptables(pods.iptables);
+	await captureBySidestep(pods.sidestep);
+	const hold = (pod: Pod, to: readonly string[]) => {
+		// 50 of 5 × 20 possible ones: the kernel looks for a free port by chance, and has to find one.
+		const results = pod.connections(Array.from({length: 50}, (_, index) => to[index % DESTINATIONS]!), ['--timeout', '1000']);
+		return results.filter(({stage}) => stage !== 'connect').length;
+	};
+
+	t.is(hold(pods.iptables, addresses.map(({v4}) => `${v4}:8080`)), 50);
+	t.is(hold(pods.sidestep, addresses.map(({v4}) => `${v4}:8080`)), 50);
+	t.is(hold(pods.iptables, addresses.map(({v6}) => `[${v6}]:8080`)), 50);
+	t.is(hold(pods.sidestep, addresses.map(({v6}) => `[${v6}]:8080`)), PORTS);
+});
