@@ -10,6 +10,7 @@ const purpose = process.argv[2] ?? 'build';
 const BUILD = ['cmake', 'make', 'g++', 'clang-19', 'llvm-19', 'libbpf-dev', 'libelf-dev', 'zlib1g-dev', 'libuv1-dev'];
 const PACKAGES = {
 	build: BUILD,
+	bench: [...BUILD, 'iproute2', 'iptables', 'procps'],
 	demo: [...BUILD, 'iproute2', 'haproxy', 'curl'],
 	test: [...BUILD, 'iproute2', 'iptables', 'haproxy', 'redsocks', 'microsocks', 'curl', 'procps', 'python3-venv'],
 };

@@ -100,7 +100,7 @@ export class World {
 	}
 
 	/** @param t - a test, or whatever else cleans up at its end. */
-	static create(t: {teardown(clean: () => Promise<void>): void}): World {
+	static create(t: {teardown(clean: () => void | Promise<void>): void}): World {
 		const world = new World();
 		const clean = async () => world.#clean();
 		t.teardown(clean);

@@ -1,6 +1,6 @@
 /*
- * connector ADDRESS:PORT WARM_UP COUNT GREETING: connects again and again, one connection at a time, and prints how long each connect(2) took, in ns.
- * Each has to be greeted with what begins like GREETING.
+ * connector ADDRESS:PORT WARM_UP COUNT GREETING: connects again and again, one connection at a time, and prints how long each connect(2) took, and each
+ * connection from socket(2) to close(2), in ns. Each has to be greeted with what begins like GREETING.
  */
 #include <sched.h>
 #include <time.h>
@@ -35,47 +35,49 @@ static void expect(int fd, const char *greeting)
 	}
 }
 
-static long connect_once(const union address *to, const char *greeting)
+struct sample {
+	long connect, lifetime;
+};
+
+static struct sample connect_once(const union address *to, const char *greeting)
 {
 	/* Closing sends a reset: nothing waits in TIME_WAIT, and no port is used up. */
 	struct linger reset = {.l_onoff = 1};
+	long begun = now_ns(), connecting, connected;
 	int fd = socket(to->any.sa_family, SOCK_STREAM | SOCK_CLOEXEC, 0);
-	long started, taken;
 
 	if (fd < 0 || setsockopt(fd, SOL_SOCKET, SO_LINGER, &reset, sizeof(reset)))
 		fail("socket");
-	started = now_ns();
+	connecting = now_ns();
 	if (connect(fd, &to->any, address_size(to)))
 		fail("connect");
-	taken = now_ns() - started;
+	connected = now_ns();
 	expect(fd, greeting);
 	close(fd);
-	return taken;
+	return (struct sample){.connect = connected - connecting, .lifetime = now_ns() - begun};
 }
 
 int main(int argc, char **argv)
 {
 	/* The proxy wakes up inside connect(2): it, like any other work on this CPU, has to wait until the connector sleeps. */
 	struct sched_param first = {.sched_priority = 1};
+	struct sample *samples;
 	union address to;
 	int warm_up, count;
-	long *taken;
 
 	if (argc != 5)
 		misuse("connector ADDRESS:PORT WARM_UP COUNT GREETING");
 	to = parse_address(argv[1]);
 	warm_up = atoi(argv[2]);
 	count = atoi(argv[3]);
-	taken = calloc(count, sizeof(*taken));
+	samples = calloc(count, sizeof(*samples));
 	if (sched_setscheduler(0, SCHED_FIFO, &first))
 		fail("SCHED_FIFO");
 	for (int i = 0; i < warm_up; i++)
 		connect_once(&to, argv[4]);
 	for (int i = 0; i < count; i++)
-		taken[i] = connect_once(&to, argv[4]);
-	putchar('[');
+		samples[i] = connect_once(&to, argv[4]);
 	for (int i = 0; i < count; i++)
-		printf("%s%ld", i ? "," : "", taken[i]);
-	puts("]");
+		printf("{\"connect\":%ld,\"lifetime\":%ld}\n", samples[i].connect, samples[i].lifetime);
 	return 0;
 }
