@@ -16,6 +16,7 @@ int inbound(struct bpf_sk_lookup *ctx)
 	enum reason reason;
 	__u32 zero = 0;
 	struct pod *pod;
+	int step;
 
 	if (ctx->protocol != IPPROTO_TCP)
 		return SK_PASS;
@@ -53,7 +54,9 @@ int inbound(struct bpf_sk_lookup *ctx)
 
 	key.netns = flow.netns;
 	key.port = pod->inbound_port;
-	for (int slot = 0; slot < LISTENER_SLOTS; slot++) {
+	/* An IPv6 socket may serve IPv4 too. */
+	step = ctx->family == AF_INET ? 1 : 2;
+	for (int slot = step - 1; slot < LISTENER_SLOTS; slot += step) {
 		struct bpf_sock *listener;
 		long error;
 
@@ -102,7 +105,7 @@ static __always_inline void on_listen(struct bpf_sock_ops *ctx)
 	if (!slot_of_listener || *slot_of_listener)
 		return;
 	key.port = pod->inbound_port;
-	for (int slot = 0; slot < LISTENER_SLOTS; slot++) {
+	for (int slot = ctx->family == AF_INET6; slot < LISTENER_SLOTS; slot += 2) {
 		key.slot = slot;
 		if (!bpf_sock_hash_update(ctx, &listeners, &key, BPF_NOEXIST)) {
 			*slot_of_listener = 1 + slot;
@@ -142,7 +145,7 @@ int find_listeners(struct bpf_iter__tcp *ctx)
 	if (!slot_of_listener || *slot_of_listener)
 		return 0;
 	key.port = pod->inbound_port;
-	for (int slot = 0; slot < LISTENER_SLOTS; slot++) {
+	for (int slot = sk->skc_family == AF_INET6; slot < LISTENER_SLOTS; slot += 2) {
 		key.slot = slot;
 		if (!bpf_map_update_elem(&listeners, &key, sk, BPF_NOEXIST)) {
 			*slot_of_listener = 1 + slot;

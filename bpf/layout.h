@@ -66,7 +66,7 @@ enum reason {
 
 	/* Book-keeping that found no room. */
 	REASON_PASS_LOST,              /* passes is full: this connection into the pod meets the proxy although it should not */
-	REASON_LISTENER_LOST,          /* listeners is full */
+	REASON_LISTENER_LOST,          /* the slots of listeners are taken */
 
 	/* The proxy kept a client's address towards the application. */
 	REASON_SOURCE_KEPT,
@@ -245,7 +245,8 @@ struct pass {
  */
 enum { KEPT_SOURCE_MARK = 0x111, KEPT_SOURCE_MASK = 0xfff };
 
-enum { LISTENER_SLOTS = 16 };
+/* Even ones are for IPv4 sockets, odd ones for IPv6 sockets: however many workers the proxy has, those of one family leave the other its own. */
+enum { LISTENER_SLOTS = 32 };
 
 /*
  * listeners: the proxy's inbound listeners, by pod. Several may share a port (SO_REUSEPORT: workers, the old and the new one of an upgrade), and an

@@ -103,8 +103,11 @@ static __always_inline bool redirection_of(const struct pod *pod, const struct f
 		return !is_none(&to->source);
 	}
 	if (decision.local) {
-		/* The port only: the source stays what the kernel takes for this destination. */
-		to->address = flow->destination;
+		/*
+		 * Loopback goes to localhost, where istio-validation listens and nowhere else. Of an address of the pod only the port changes, so
+		 * that the source stays what the kernel takes for it.
+		 */
+		to->address = is_loopback(&flow->destination) ? localhost(ipv4) : flow->destination;
 		to->port = decision.reason == REASON_REDIRECTED_INBOUND ? pod->inbound_port : target->port;
 		to->in_pod = 1;
 		return true;

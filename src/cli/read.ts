@@ -61,7 +61,7 @@ export function describePods(datapath: Datapath) {
 			steered: sum('steered'),
 			bypassed: sum('bypass_') + sum('inbound_bypass_'),
 			refused: sum('refused_') + sum('inbound_refused'),
-			failed: sum('connect_failed') + sum('original_dst_lost') + sum('pass_lost') + sum('listener_lost'),
+			failed: sum('connect_failed') + sum('original_dst_lost') + sum('pass_lost'),
 			inbound: steered.has(netns) ? `:${pod.inboundPort}` : '-',
 			dns: pod.dnsPort === 0 ? '-' : `:${pod.dnsPort}`,
 			enrolledAt: new Date(Number(info?.enrolledAtMs ?? 0n)).toISOString(),
