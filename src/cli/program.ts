@@ -13,7 +13,7 @@ import {restoreNamespaces} from '../pods/reconcile.js';
 import {parseListenAddress} from '../metrics/server.js';
 import type {Environment} from './environment.js';
 import {outputOption, toJson, toTable, type OutputFormat, type Row} from './format.js';
-import {describePods, dumpMap, explain, findPods, listMaps, podSockets, statusRows} from './read.js';
+import {countMissed, describePods, dumpMap, explain, findPods, listMaps, podSockets, statusRows} from './read.js';
 
 const EXIT_FAILED = 1;
 const EXIT_MISUSE = 2;
@@ -133,10 +133,11 @@ function createProgram({stdout, stderr, signal}: Environment, setCode: (code: nu
 
 	program.command('pods')
 		.description('enrolled pods, and what became of their connections')
-		.argument('[name]', 'one pod, with every reason')
+		.argument('[name]', 'one pod, with every reason, and how many of its connections are older than its enrolment')
+		.addOption(proc())
 		.addOption(bpffs())
 		.addOption(outputOption())
-		.action(async (name: string | undefined, options: ReadOptions) => read(options, datapath => {
+		.action(async (name: string | undefined, options: ReadOptions & {proc: string}) => read(options, datapath => {
 			const pods = describePods(datapath).filter(pod => name === undefined || pod.name === name);
 			if (name !== undefined && pods.length === 0) {
 				stderr(`sidestep: no pod ${name} is enrolled: see \`sidestep pods\`\n`);
@@ -149,7 +150,8 @@ function createProgram({stdout, stderr, signal}: Environment, setCode: (code: nu
 			} else if (name === undefined) {
 				show('table', pods.map(({reasons: _, exempt: __, enrolledAt: ___, flags: ____, ...row}) => row), 'no pod is enrolled');
 			} else {
-				const {reasons, ...facts} = pods[0]!;
+				const {reasons, ...described} = pods[0]!;
+				const facts = {...described, missed: countMissed(datapath, name, options.proc) ?? 'unknown: needs root'};
 				stdout(Object.entries(facts).map(([key, value]) => `${key}: ${typeof value === 'object' ? JSON.stringify(value) : String(value)}\n`).join(''));
 				stdout(`\n${toTable(Object.entries(reasons).map(([reason, connections]) => ({reason, connections})), 'no counters')}`);
 			}
@@ -164,7 +166,15 @@ function createProgram({stdout, stderr, signal}: Environment, setCode: (code: nu
 		.addOption(bpffs())
 		.addOption(outputOption())
 		.action(async (name: string | undefined, options: ReadOptions & {missed: boolean; reset: boolean; proc: string}) => read(options, datapath => {
-			const found = findPods(datapath, name).map(pod => podSockets(datapath, pod, {proc: options.proc, onlyMissed: options.missed || options.reset, reset: options.reset}));
+			const found = findPods(datapath, name).flatMap(pod => {
+				const sockets = podSockets(datapath, pod, {proc: options.proc, onlyMissed: options.missed || options.reset, reset: options.reset});
+				if (!sockets) {
+					stderr(`sidestep: the namespace of pod ${pod.info.name} is not found: it has ended, or this process lacks CAP_SYS_PTRACE\n`);
+					setCode(EXIT_FAILED);
+				}
+
+				return sockets ?? [];
+			});
 			show(options.output, found.flatMap(({rows}) => rows), 'no sockets');
 			if (options.reset) {
 				stderr(`reset ${found.reduce((sum, {reset}) => sum + reset, 0)} connections\n`);

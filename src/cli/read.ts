@@ -1,5 +1,5 @@
 /** What the reading commands show; all of it comes from the kernel: pins, and the pods' own namespaces. */
-import {AgentError} from '../errors.js';
+import {AgentError, hasErrno} from '../errors.js';
 import type {CgroupProgramName, Datapath} from '../loader/datapath.js';
 import {SOCKET_STORAGE, reasonName, sumCounters, type Flow, type MapName, type NetnsCookie, type PodInfo, type PodValue, type Question, type Target} from '../maps/schema.js';
 import {findNetns} from '../pods/facts.js';
@@ -154,11 +154,11 @@ export function explain({programs, schema}: Datapath, flow: Flow): {readonly out
 	return {outbound: reasonName(outbound), inbound: inbound === 'REASONS' ? undefined : reasonName(inbound)};
 }
 
-/** @returns rows, and how many were reset. A namespace that cannot be found has no rows. */
-export function podSockets(datapath: Datapath, {info}: EnrolledPod, options: {readonly proc: string; readonly onlyMissed: boolean; readonly reset: boolean}): {readonly rows: readonly Row[]; readonly reset: number} {
+/** @returns rows, and how many were reset; undefined when its namespace is not found: it has ended, or this process may not look at others' namespaces. */
+export function podSockets(datapath: Datapath, {info}: EnrolledPod, options: {readonly proc: string; readonly onlyMissed: boolean; readonly reset: boolean}): {readonly rows: readonly Row[]; readonly reset: number} | undefined {
 	const netns = findNetns(options.proc, {device: info.netnsDevice, inode: info.netnsInode});
 	if (!netns) {
-		return {rows: [], reset: 0};
+		return undefined;
 	}
 
 	try {
@@ -166,6 +166,19 @@ export function podSockets(datapath: Datapath, {info}: EnrolledPod, options: {re
 		return {rows: sockets.map(socket => socketRow(info.name, socket)), reset: options.reset ? resetMissed(sockets, netns) : 0};
 	} finally {
 		netns.close();
+	}
+}
+
+/** Undefined when its namespace is not found, or this process may not enter it. */
+export function countMissed(datapath: Datapath, name: string, proc: string): number | undefined {
+	try {
+		return podSockets(datapath, findPods(datapath, name)[0]!, {proc, onlyMissed: true, reset: false})?.rows.length;
+	} catch (error) {
+		if (hasErrno(error, 'EPERM', 'EACCES')) {
+			return undefined;
+		}
+
+		throw error;
 	}
 }
 

@@ -64,8 +64,9 @@ class Turn {
 			return !owner;
 		});
 
+		const steered = this.datapath.steeredPods();
 		const inbound = new Set(wanted.filter(({policy}) => policy.pod.flags & POD_INBOUND).map(({policy}) => policy.cookie));
-		for (const cookie of this.datapath.steeredPods()) {
+		for (const cookie of steered) {
 			// Before its entries go: a link without them refuses everything.
 			if (!inbound.has(cookie) && !keep.has(cookie)) {
 				this.datapath.unsteer(cookie);
@@ -82,7 +83,7 @@ class Turn {
 
 		for (const {policy, pod} of wanted) {
 			if (!this.failures.has(policy.info.name)) {
-				this.#finish(policy, pod, !actual.pods.has(policy.cookie));
+				this.#finish(policy, pod, {isNew: !actual.pods.has(policy.cookie), isSteered: steered.includes(policy.cookie)});
 			}
 		}
 
@@ -101,7 +102,7 @@ class Turn {
 	}
 
 	/** What the maps cannot do: the namespace's own settings, listeners that were there first, the link. */
-	#finish(policy: PodPolicy, {netns}: OpenedPod, isNew: boolean): void {
+	#finish(policy: PodPolicy, {netns}: OpenedPod, {isNew, isSteered}: {readonly isNew: boolean; readonly isSteered: boolean}): void {
 		const {name} = policy.info;
 		const {datapath, options} = this;
 		try {
@@ -111,7 +112,7 @@ class Turn {
 
 			if (policy.pod.flags & POD_INBOUND) {
 				netns.runIterator(datapath.programs.get('find_listeners')!);
-				if (!datapath.steeredPods().includes(policy.cookie)) {
+				if (!isSteered) {
 					datapath.steer(policy.cookie, netns);
 				}
 			}

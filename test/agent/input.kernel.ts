@@ -159,14 +159,21 @@ test('the capabilities that ARCHITECTURE.md lists are enough, and each is needed
 	const world = World.create(t);
 	const pod = world.pod('pod');
 	const needed = ['bpf', 'perfmon', 'net_admin', 'sys_admin', 'sys_ptrace'];
-	world.writePods([podEntry(pod)]);
+	const others = [world.pod('ambient'), world.pod('sidecar')];
+	world.writePods([podEntry(pod), ...others.map(({name, netns}) => ({name: `test/${name}`, netns, mode: name}))]);
 	const start = (capabilities: readonly string[]) => world.startAgent([], ['setpriv', '--bounding-set', ['-all', ...capabilities.map(name => `+${name}`)].join(','), '--inh-caps', '-all']);
 	const agent = start(needed);
 	await agent.ready();
-	t.is(world.json<unknown[]>('pods').length, 1);
+	t.is(world.json<unknown[]>('pods').length, 3);
+	t.true(others[0]!.must('ip', 'rule').includes('0x111') && others[1]!.must('ip', '-6', 'addr').includes('::6/128'));
 	for (const command of [['status'], ['pods'], ['map', 'list'], ['map', 'dump', 'prefixes']]) {
 		const reading = run('setpriv', ['--bounding-set', '-all,+bpf', '--inh-caps', '-all', process.execPath, CLI, ...command, '--bpffs', world.bpffs]);
 		t.is(reading.code, 0, `${command.join(' ')} needs CAP_BPF only: ${reading.stderr}`);
+	}
+
+	for (const [needs, command] of [['+bpf,+net_admin,+perfmon', ['explain', 'test/ambient', '--to', '10.0.0.1:80']], ['+bpf,+sys_admin,+sys_ptrace', ['sockets']]] as const) {
+		const reading = run('setpriv', ['--bounding-set', `-all,${needs}`, '--inh-caps', '-all', process.execPath, CLI, ...command, '--bpffs', world.bpffs]);
+		t.is(reading.code, 0, `${command.join(' ')} needs ${needs}: ${reading.stderr}`);
 	}
 
 	await agent.running.stop();
