@@ -29,6 +29,7 @@ int sockets(struct bpf_iter__tcp *ctx)
 	struct sock_common *common = ctx->sk_common;
 	struct socket_record record = {};
 	struct original_dst *original;
+	struct owner owner = {.uid = ctx->uid};
 	struct tcp_sock *tcp;
 	struct flow flow = {};
 	struct pod *pod;
@@ -53,7 +54,9 @@ int sockets(struct bpf_iter__tcp *ctx)
 	}
 	record.local_port = common->skc_num;
 	record.remote_port = bpf_ntohs(common->skc_dport);
-	record.uid = ctx->uid;
+	/* Of a socket without a file, which nobody has any more, the uid at least is known. */
+	read_owner((struct sock *)tcp, &owner);
+	record.uid = owner.uid;
 	record.mark = ((struct sock *)tcp)->sk_mark;
 
 	original = bpf_sk_storage_get(&original_dsts, (struct sock *)tcp, NULL, 0);
@@ -70,7 +73,10 @@ int sockets(struct bpf_iter__tcp *ctx)
 	if (pod && record.state != TCP_LISTEN) {
 		flow.protocol = IPPROTO_TCP;
 		flow.mark = record.mark;
-		flow.uid = record.uid;
+		flow.uid = owner.uid;
+		flow.gid = owner.gid;
+		/* The cgroup of a socket cannot be asked for here: rather take it for exempt than for one that was missed. */
+		flow.in_exempt_cgroup = pod->exempt_cgroup_levels != 0;
 		flow.source = record.local;
 		flow.source_port = bpf_htons(record.local_port);
 		flow.destination = record.remote;

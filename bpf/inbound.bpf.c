@@ -27,7 +27,10 @@ int inbound(struct bpf_sk_lookup *ctx)
 		flow.source = address_of_words(ctx->remote_ip6[0], ctx->remote_ip6[1], ctx->remote_ip6[2], ctx->remote_ip6[3]);
 		flow.destination = address_of_words(ctx->local_ip6[0], ctx->local_ip6[1], ctx->local_ip6[2], ctx->local_ip6[3]);
 	}
-	if (is_loopback(&flow.destination))
+	if (bpf_core_field_exists(struct bpf_sk_lookup___arrival, ingress_ifindex))
+		flow.interface = ctx->ingress_ifindex;
+	/* From outside these have no business here: nobody is known by them. */
+	if (is_loopback(&flow.destination) && (!flow.interface || flow.interface == LOOPBACK_IFINDEX))
 		return SK_PASS;
 
 	flow.netns = pod_at(&flow.destination);
@@ -44,9 +47,6 @@ int inbound(struct bpf_sk_lookup *ctx)
 	flow.protocol = IPPROTO_TCP;
 	flow.source_port = ctx->remote_port;
 	flow.destination_port = bpf_htons(ctx->local_port);
-	if (bpf_core_field_exists(struct bpf_sk_lookup___arrival, ingress_ifindex))
-		flow.interface = ctx->ingress_ifindex;
-
 	reason = decide_inbound(pod, &flow);
 	count(flow.netns, reason);
 	if (reason != REASON_STEERED)
@@ -74,6 +74,9 @@ int inbound(struct bpf_sk_lookup *ctx)
 	return SK_DROP;
 }
 
+/* In listener_slots: the kernel does not take this socket into a sockhash (MPTCP), and will not the next time. */
+enum { UNSTEERABLE = 0xffff };
+
 /* Reached over lo only: nothing from outside is for it, with iptables neither. */
 static __always_inline bool is_loopback_listener(__u32 family, __be32 ip4, const struct address *ip6)
 {
@@ -89,6 +92,7 @@ static __always_inline void on_listen(struct bpf_sock_ops *ctx)
 	struct pod *pod = bpf_map_lookup_elem(&pods, &key.netns);
 	struct address ip6 = {};
 	__u32 *slot_of_listener;
+	int error;
 
 	if (!pod)
 		return;
@@ -107,10 +111,13 @@ static __always_inline void on_listen(struct bpf_sock_ops *ctx)
 	key.port = pod->inbound_port;
 	for (int slot = ctx->family == AF_INET6; slot < LISTENER_SLOTS; slot += 2) {
 		key.slot = slot;
-		if (!bpf_sock_hash_update(ctx, &listeners, &key, BPF_NOEXIST)) {
-			*slot_of_listener = 1 + slot;
-			return;
-		}
+		error = bpf_sock_hash_update(ctx, &listeners, &key, BPF_NOEXIST);
+		if (error == -EEXIST)
+			continue;
+		*slot_of_listener = error ? UNSTEERABLE : 1 + slot;
+		if (error)
+			count(key.netns, REASON_LISTENER_UNSTEERABLE);
+		return;
 	}
 	count(key.netns, REASON_LISTENER_LOST);
 }
@@ -124,6 +131,8 @@ int find_listeners(struct bpf_iter__tcp *ctx)
 	struct address ip6 = {};
 	__u32 *slot_of_listener;
 	struct pod *pod;
+	/* Not long: before 6.4 map operations set the lower half of it only. */
+	int error;
 
 	if (!sk || sk->skc_state != TCP_LISTEN)
 		return 0;
@@ -147,10 +156,13 @@ int find_listeners(struct bpf_iter__tcp *ctx)
 	key.port = pod->inbound_port;
 	for (int slot = sk->skc_family == AF_INET6; slot < LISTENER_SLOTS; slot += 2) {
 		key.slot = slot;
-		if (!bpf_map_update_elem(&listeners, &key, sk, BPF_NOEXIST)) {
-			*slot_of_listener = 1 + slot;
-			return 0;
-		}
+		error = bpf_map_update_elem(&listeners, &key, sk, BPF_NOEXIST);
+		if (error == -EEXIST)
+			continue;
+		*slot_of_listener = error ? UNSTEERABLE : 1 + slot;
+		if (error)
+			count(key.netns, REASON_LISTENER_UNSTEERABLE);
+		return 0;
 	}
 	count(key.netns, REASON_LISTENER_LOST);
 	return 0;

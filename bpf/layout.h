@@ -67,6 +67,7 @@ enum reason {
 	/* Book-keeping that found no room. */
 	REASON_PASS_LOST,              /* passes is full: this connection into the pod meets the proxy although it should not */
 	REASON_LISTENER_LOST,          /* the slots of listeners are taken */
+	REASON_LISTENER_UNSTEERABLE,   /* the proxy's listener is of a kind that connections cannot be given to (MPTCP) */
 
 	/* The proxy kept a client's address towards the application. */
 	REASON_SOURCE_KEPT,

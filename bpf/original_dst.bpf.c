@@ -98,7 +98,7 @@ static __always_inline void note_pass(struct bpf_sock_ops *ctx)
 		return;
 	if (server == netns) {
 		/* Its source would say so itself. */
-		if (is_loopback(&ends.local) || pod_at(&ends.local) == netns)
+		if (is_own_source(pod, netns, &ends.local))
 			return;
 		pass.reason = REASON_INBOUND_BYPASS_OWN;
 		if (pod->flags & POD_KEEP_SOURCE)
@@ -134,6 +134,37 @@ static __always_inline void on_connect(struct bpf_sock_ops *ctx)
 	watch_close(ctx);
 }
 
+/* The interface that the handshake came by, which the kernel notes with the accepted socket; 0: not known. */
+static __always_inline __u32 arrival_of(struct bpf_sock_ops *ctx, struct bpf_sock *sk)
+{
+	struct tcp6_sock *tcp6;
+	struct tcp_sock *tcp;
+
+	if (ctx->family == AF_INET) {
+		tcp = bpf_skc_to_tcp_sock(sk);
+		return tcp ? tcp->inet_conn.icsk_inet.mc_index : 0;
+	}
+	tcp6 = bpf_skc_to_tcp6_sock(sk);
+	return tcp6 ? tcp6->inet6.mcast_oif : 0;
+}
+
+/*
+ * The proxy's connection under a client's address, and one of the client itself that happens to come from the port that the proxy was given: one
+ * tuple, two connections. The first is tied to lo, so that the second finds the proxy; and that to where it came from, so that the first goes on.
+ */
+static __always_inline void tell_apart(struct bpf_sock_ops *ctx, const struct flow *flow)
+{
+	struct pass *pass = pass_with(flow);
+	int interface = flow->interface;
+
+	if (!pass || pass->reason != REASON_INBOUND_BYPASS_OWN)
+		return;
+	if (interface == LOOPBACK_IFINDEX)
+		tie_to_loopback(ctx);
+	else if (interface)
+		bpf_setsockopt(ctx, SOL_SOCKET, SO_BINDTOIFINDEX, &interface, sizeof(interface));
+}
+
 /* Was this connection steered? The question that the way in was decided by, asked again: its answer is the same while the connection is being made. */
 static __always_inline void on_accept_steered(struct bpf_sock_ops *ctx, struct bpf_sock *sk, __u64 netns, const struct endpoints *ends)
 {
@@ -147,6 +178,8 @@ static __always_inline void on_accept_steered(struct bpf_sock_ops *ctx, struct b
 	flow.destination = ends->local;
 	flow.source_port = bpf_htons(ends->remote_port);
 	flow.destination_port = bpf_htons(ends->local_port);
+	flow.interface = arrival_of(ctx, sk);
+	tell_apart(ctx, &flow);
 	if (decide_inbound(pod, &flow) != REASON_STEERED)
 		return;
 

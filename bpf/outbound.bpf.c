@@ -141,8 +141,8 @@ static __always_inline int bind_source(struct bpf_sock_addr *ctx, const struct a
 
 /*
  * The proxy connects to its own pod under a client's address. The answers have to come back over lo, which the mark (and the rule that the
- * agent put into the namespace) makes them do; and the connection must not be steered back to the proxy, so it is not made if that
- * cannot be noted. A port that is still to be chosen is noted with it (TCP_CONNECT_CB).
+ * agent put into the namespace) makes them do. It must not be steered back to the proxy, nor be taken for the client itself, which may come
+ * from the very same port: tied to lo, it is told from both by the interface.
  */
 static __always_inline int keep_source(struct bpf_sock_addr *ctx, const struct pod *pod, const struct flow *flow)
 {
@@ -157,7 +157,13 @@ static __always_inline int keep_source(struct bpf_sock_addr *ctx, const struct p
 
 	if (is_none(&flow->source) || prefix_flags_of(pod->policy, &flow->source) & PREFIX_LOCAL)
 		return ALLOW;
-	if (key.client_port && bpf_map_update_elem(&passes, &key, &pass, BPF_ANY)) {
+	if (flow->interface != LOOPBACK_IFINDEX && tie_to_loopback(ctx)) {
+		count(flow->netns, REASON_REFUSED_SOURCE);
+		return refuse(EADDRNOTAVAIL);
+	}
+	/* Before 5.17 sk_lookup does not know the interface and needs the note; without it, it would steer. TCP_CONNECT_CB is too late to refuse. */
+	if (!bpf_core_field_exists(struct bpf_sk_lookup___arrival, ingress_ifindex) && key.client_port &&
+	    bpf_map_update_elem(&passes, &key, &pass, BPF_ANY)) {
 		count(flow->netns, REASON_PASS_LOST);
 		return refuse(ENOMEM);
 	}
@@ -348,15 +354,20 @@ int sendmsg6(struct bpf_sock_addr *ctx)
 	return verdict;
 }
 
+/* The resolver that the application asked, if the peer or sender is the DNS proxy. */
+static __always_inline bool is_dns_proxy(struct bpf_sock_addr *ctx, const struct original_dst *original, const struct address *seen)
+{
+	return original->role == ROLE_RESOLVER && original->dns_port == ctx->user_port && is_loopback(seen);
+}
+
 /* The peer that the application asked for. */
-static __always_inline struct original_dst *asked_peer(struct bpf_sock_addr *ctx)
+static __always_inline struct original_dst *asked_peer(struct bpf_sock_addr *ctx, const struct address *peer)
 {
 	struct original_dst *original = bpf_sk_storage_get(&original_dsts, ctx->sk, NULL, 0);
 
-	return original && original->role != ROLE_PROXY ? original : NULL;
+	return original && (original->role == ROLE_CLIENT || is_dns_proxy(ctx, original, peer)) ? original : NULL;
 }
 
-/* The resolver that it asked, if this datagram is from the DNS proxy. */
 static __always_inline struct original_dst *asked_resolver(struct bpf_sock_addr *ctx, const struct address *sender)
 {
 	struct original_dst *original;
@@ -364,7 +375,7 @@ static __always_inline struct original_dst *asked_resolver(struct bpf_sock_addr 
 	if (!is_loopback(sender))
 		return NULL;
 	original = bpf_sk_storage_get(&original_dsts, ctx->sk, NULL, 0);
-	return original && original->role == ROLE_RESOLVER && original->dns_port == ctx->user_port ? original : NULL;
+	return original && is_dns_proxy(ctx, original, sender) ? original : NULL;
 }
 
 static __always_inline void show4(struct bpf_sock_addr *ctx, const struct original_dst *original)
@@ -385,7 +396,8 @@ static __always_inline void show6(struct bpf_sock_addr *ctx, const struct origin
 SEC("cgroup/getpeername4")
 int getpeername4(struct bpf_sock_addr *ctx)
 {
-	struct original_dst *original = asked_peer(ctx);
+	struct address peer = address_of_ipv4(ctx->user_ip4);
+	struct original_dst *original = asked_peer(ctx, &peer);
 
 	if (original)
 		show4(ctx, original);
@@ -395,7 +407,8 @@ int getpeername4(struct bpf_sock_addr *ctx)
 SEC("cgroup/getpeername6")
 int getpeername6(struct bpf_sock_addr *ctx)
 {
-	struct original_dst *original = asked_peer(ctx);
+	struct address peer = address_of_words(ctx->user_ip6[0], ctx->user_ip6[1], ctx->user_ip6[2], ctx->user_ip6[3]);
+	struct original_dst *original = asked_peer(ctx, &peer);
 
 	if (original)
 		show6(ctx, original);

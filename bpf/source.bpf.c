@@ -40,6 +40,7 @@ static __always_inline __u16 choose_port(struct bpf_sock_addr *ctx, const struct
 {
 	__u64 netns = bpf_get_netns_cookie(ctx);
 	struct pod *pod = bpf_map_lookup_elem(&pods, &netns);
+	int on = 1;
 	__u64 now;
 
 	if (!pod || !(pod->flags & POD_KEEP_SOURCE) || !has_exempt_mark(pod, ctx->sk->mark))
@@ -47,6 +48,11 @@ static __always_inline __u16 choose_port(struct bpf_sock_addr *ctx, const struct
 	if (is_unspecified(address) || prefix_flags_of(pod->policy, address) & (PREFIX_LOCAL | PREFIX_NOT_UNICAST))
 		return 0;
 
+	/*
+	 * A proxy whose bind fails goes on without the source. client_ports forgets the oldest when it is full; a port that is in use after all can
+	 * then be bound once more, and only a second connection to the same port of the pod is refused.
+	 */
+	bpf_setsockopt(ctx, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
 	now = bpf_ktime_get_boot_ns();
 	for (int i = 0; i < PROBES; i++) {
 		__u16 port = FIRST_RANGE_START + bpf_get_prandom_u32() % FIRST_RANGE_SIZE;

@@ -77,6 +77,7 @@ Napi::Value NetNs::DestroyTcpSocket(const Napi::CallbackInfo& info) {
 	if (local.address.size != remote.address.size) {
 		throw Napi::RangeError::New(env, "Expected both addresses to have the same size");
 	}
+	uint32_t interface_index = info[2].IsUndefined() ? 0 : static_cast<uint32_t>(IntegerArgument(info, 2, "interfaceIndex", 0, INT32_MAX));
 	std::string subject = "TCP " + local.Text() + " to " + remote.Text();
 
 	uint8_t family = local.address.family();
@@ -86,6 +87,7 @@ Napi::Value NetNs::DestroyTcpSocket(const Napi::CallbackInfo& info) {
 	id.idiag_dport = htons(remote.port);
 	memcpy(id.idiag_src, local.address.bytes, local.address.size);
 	memcpy(id.idiag_dst, remote.address.bytes, remote.address.size);
+	id.idiag_if = interface_index;
 	id.idiag_cookie[0] = id.idiag_cookie[1] = INET_DIAG_NOCOOKIE;
 
 	Netlink netlink(SocketInside(env, AF_NETLINK, SOCK_RAW, NETLINK_SOCK_DIAG));

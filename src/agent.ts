@@ -94,7 +94,7 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 
 		watcher = watchFile(options.podsFile, () => loop.wake());
 		const reported = new Map<string, string>();
-		const wishes = new Set<string>();
+		const notes = new Set<string>();
 		await loop.run(options.signal, changedAt => {
 			try {
 				specs = readPodsFile(options.podsFile);
@@ -118,7 +118,7 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 			}
 
 			metrics!.recordRound(last, performance.now() - started, changedAt === undefined ? undefined : performance.now() - changedAt);
-			reportWishes(specs, wishes, log);
+			reportNotes(specs, last.notes, notes, log);
 			for (const change of last.changes) {
 				log(change);
 			}
@@ -150,9 +150,9 @@ function nodeCookie({nodeNetns, proc}: AgentOptions): bigint {
 	}
 }
 
-/** What is said about pods that are left alone, or whose labels and annotations are odd: once, until it changes. */
-function reportWishes(specs: readonly PodSpec[], reported: Set<string>, log: (line: string) => void): void {
-	const lines = new Set(specs.flatMap(({name, wish}) => 'leave' in wish ? [`pod ${name} is not captured: ${wish.leave}`] : 'warnings' in wish ? wish.warnings : []));
+/** What is said about pods that are left alone, or whose labels, annotations or addresses are odd: once, until it changes. */
+function reportNotes(specs: readonly PodSpec[], notes: readonly string[], reported: Set<string>, log: (line: string) => void): void {
+	const lines = new Set([...notes, ...specs.flatMap(({name, wish}) => 'leave' in wish ? [`pod ${name} is not captured: ${wish.leave}`] : 'warnings' in wish ? wish.warnings.map(warning => `pod ${name}: ${warning}`) : [])]);
 	for (const line of lines) {
 		if (!reported.has(line)) {
 			log(line);

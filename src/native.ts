@@ -241,10 +241,10 @@ export interface NetNs {
 	SOCK_DESTROY (sock_diag; 4.5, CONFIG_INET_DIAG_DESTROY): the socket with exactly this local and remote address gets ECONNABORTED, its peer a reset. Addresses have 4
 	or 16 bytes, both the same; 4 bytes and their IPv4-mapped form name the same socket, of whichever family it is. Ports are in host order. EOPNOTSUPP when
 	the kernel cannot.
-	@returns false when there is no such socket: a listener and what TIME_WAIT leaves are none, and one that is bound to a device (SO_BINDTODEVICE,
-	link-local addresses) is not found.
+	@param interfaceIndex - needed for a socket that is bound to a device (SO_BINDTODEVICE, link-local addresses): that device's.
+	@returns false when there is no such socket: a listener and what TIME_WAIT leaves are none.
 	*/
-	destroyTcpSocket(local: {readonly address: Uint8Array; readonly port: number}, remote: {readonly address: Uint8Array; readonly port: number}): boolean;
+	destroyTcpSocket(local: {readonly address: Uint8Array; readonly port: number}, remote: {readonly address: Uint8Array; readonly port: number}, interfaceIndex?: number): boolean;
 	close(): void;
 }
 

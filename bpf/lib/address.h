@@ -53,7 +53,7 @@ static __always_inline bool is_passthrough_source(const struct address *address)
 	return !(address->word[0] | address->word[1] | address->word[2]) && address->word[3] == bpf_htonl(6);
 }
 
-/* 127/8, ::1, ::6: what every pod has for itself, and no packet from outside carries. */
+/* 127/8, ::1, and ::6, which the agent puts on lo for sidecars. */
 static __always_inline bool is_loopback(const struct address *address)
 {
 	if (is_ipv4(address))

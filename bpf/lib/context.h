@@ -21,7 +21,10 @@
 #define AF_INET 2
 #define AF_INET6 10
 #define SOL_SOCKET 1
+#define SO_REUSEADDR 2
+#define SO_BINDTODEVICE 25
 #define SO_MARK 36
+#define SO_BINDTOIFINDEX 62
 #define IPPROTO_TCP 6
 #define IPPROTO_UDP 17
 #define IPPROTO_MPTCP 262
@@ -33,10 +36,13 @@
 #define TCP_CLOSE 7
 #define TCP_LAST_ACK 9
 #define TCP_LISTEN 10
+/* Of lo in every namespace. */
+#define LOOPBACK_IFINDEX 1
 #define ENETUNREACH 101
 #define ECONNREFUSED 111
 #define ENOENT 2
 #define ENOMEM 12
+#define EEXIST 17
 #define EINVAL 22
 #define EADDRNOTAVAIL 99
 
@@ -55,5 +61,13 @@ struct sockaddr_in6 {
 	__be32 sin6_addr[4];
 	__u32 sin6_scope_id;
 };
+
+/* From now on the socket sends over lo only, and gets only what comes over lo. @return 0, or a negative errno */
+static __always_inline long tie_to_loopback(void *ctx)
+{
+	char name[] = "lo";
+
+	return bpf_setsockopt(ctx, SOL_SOCKET, SO_BINDTODEVICE, name, sizeof(name));
+}
 
 #endif

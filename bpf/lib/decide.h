@@ -163,8 +163,7 @@ static __always_inline struct decision decide_outbound(const struct pod *pod, co
 	return decision;
 }
 
-/* TCP that comes from outside, as an sk_lookup program sees it: a SYN without an established socket. */
-static __always_inline enum reason decide_inbound(const struct pod *pod, const struct flow *flow)
+static __always_inline struct pass *pass_with(const struct flow *flow)
 {
 	struct pass_key key = {
 		.client = flow->source,
@@ -172,15 +171,39 @@ static __always_inline enum reason decide_inbound(const struct pod *pod, const s
 		.client_port = flow->source_port,
 		.server_port = flow->destination_port,
 	};
+
+	return bpf_map_lookup_elem(&passes, &key);
+}
+
+/*
+ * Where only the pod itself can connect from. Others may send packets with ::6 or 127/8 as their source (the kernel drops ::1 only), but where these are
+ * addresses of lo, the answer does not get back to them.
+ */
+static __always_inline bool is_own_source(const struct pod *pod, __u64 netns, const struct address *source)
+{
+	if (is_loopback(source))
+		return pod->flags & POD_SIDECAR || is_ipv4(source) || !is_passthrough_source(source);
+	return pod_at(source) == netns;
+}
+
+/* TCP that comes from outside, as an sk_lookup program sees it: a SYN without an established socket. */
+static __always_inline enum reason decide_inbound(const struct pod *pod, const struct flow *flow)
+{
 	struct pass *pass;
 	__u32 port;
 
-	/* A packet that a pod sends to itself arrives from eth0 in this hook's eyes; steering it would loop the proxy onto itself. */
-	if (is_loopback(&flow->source) || is_loopback(&flow->destination) || pod_at(&flow->source) == flow->netns)
+	/*
+	 * The proxy under a client's address comes over lo (keep_source). What a pod sends under its own arrives from eth0 in this hook's eyes;
+	 * steering it would loop the proxy onto itself.
+	 */
+	if (flow->interface == LOOPBACK_IFINDEX || is_own_source(pod, flow->netns, &flow->source))
 		return REASON_INBOUND_BYPASS_OWN;
-	pass = bpf_map_lookup_elem(&passes, &key);
-	if (pass)
-		return pass->reason == REASON_INBOUND_BYPASS_NODE ? REASON_INBOUND_BYPASS_NODE : REASON_INBOUND_BYPASS_OWN;
+	pass = pass_with(flow);
+	if (pass && pass->reason == REASON_INBOUND_BYPASS_NODE)
+		return REASON_INBOUND_BYPASS_NODE;
+	/* Before 5.17 the interface is not known. Where it is, this is not the proxy but the client itself, from the port that the proxy was given. */
+	if (pass && !flow->interface)
+		return REASON_INBOUND_BYPASS_OWN;
 	if (is_excluded_interface(pod, flow->interface))
 		return REASON_INBOUND_BYPASS_INTERFACE;
 	port = port_flags_of(pod, flow->destination_port);

@@ -18,24 +18,29 @@ struct owner {
  * fsgid). A socket without a file, MPTCP (whose file hangs on another socket) and UDP (which no helper gives the kernel's view of) are
  * taken as their current user's.
  */
+static __always_inline bool read_owner(struct sock *sock, struct owner *owner)
+{
+	struct socket *socket = sock->sk_socket;
+	struct file *file;
+
+	if (!socket)
+		return false;
+	file = socket->file;
+	if (!file)
+		return false;
+	owner->uid = file->f_cred->fsuid.val;
+	owner->gid = file->f_cred->fsgid.val;
+	return true;
+}
+
 static __always_inline struct owner owner_of(struct bpf_sock *sk)
 {
 	__u64 current = bpf_get_current_uid_gid();
 	struct owner owner = {.uid = (__u32)current, .gid = (__u32)(current >> 32)};
 	struct sock *sock = (struct sock *)bpf_skc_to_tcp_sock(sk);
-	struct socket *socket;
-	struct file *file;
 
-	if (!sock)
-		return owner;
-	socket = sock->sk_socket;
-	if (!socket)
-		return owner;
-	file = socket->file;
-	if (!file)
-		return owner;
-	owner.uid = file->f_cred->fsuid.val;
-	owner.gid = file->f_cred->fsgid.val;
+	if (sock)
+		read_owner(sock, &owner);
 	return owner;
 }
 

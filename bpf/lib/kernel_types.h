@@ -59,6 +59,26 @@ struct sock {
 	__u32 sk_mark;
 };
 
+struct inet_sock {
+	int mc_index;
+};
+
+struct inet_connection_sock {
+	struct inet_sock icsk_inet;
+};
+
+struct tcp_sock {
+	struct inet_connection_sock inet_conn;
+};
+
+struct ipv6_pinfo {
+	int mcast_oif;
+};
+
+struct tcp6_sock {
+	struct ipv6_pinfo inet6;
+};
+
 struct seq_file;
 
 struct bpf_iter_meta {

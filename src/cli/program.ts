@@ -9,11 +9,11 @@ import {PinLayout} from '../loader/paths.js';
 import {checkHost} from '../loader/probes.js';
 import {canonicalAddress, isIpv4Address} from '../maps/address.js';
 import {MAP_NAMES, SOCKET_STORAGE, type MapName} from '../maps/schema.js';
-import {restoreNamespaces} from '../pods/reconcile.js';
+import {leaveNamespaces} from '../pods/reconcile.js';
 import {parseListenAddress} from '../metrics/server.js';
 import type {Environment} from './environment.js';
 import {outputOption, toJson, toTable, type OutputFormat, type Row} from './format.js';
-import {countMissed, describePods, dumpMap, explain, findPods, listMaps, podSockets, statusRows} from './read.js';
+import {countMissed, describePods, dumpMap, explain, findPods, inboundDecision, listMaps, podSockets, statusRows} from './read.js';
 
 const EXIT_FAILED = 1;
 const EXIT_MISUSE = 2;
@@ -210,7 +210,7 @@ function createProgram({stdout, stderr, signal}: Environment, setCode: (code: nu
 				inExemptCgroup: 0,
 			});
 			const isOther = options.udp && (pod!.value.dnsPort === 0 || options.to.port !== 53);
-			show(options.output, [{pod: name, decision: isOther ? 'not tcp, nor captured dns' : options.in ? inbound ?? 'inbound is not captured' : outbound}], '');
+			show(options.output, [{pod: name, decision: isOther ? 'not tcp, nor captured dns' : options.in ? inboundDecision(datapath, pod!, options.to, inbound) : outbound}], '');
 		}));
 
 	const map = program.command('map').description('the kernel\'s maps');
@@ -247,6 +247,7 @@ function createProgram({stdout, stderr, signal}: Environment, setCode: (code: nu
 			try {
 				for (const problem of restoreLoaded(options)) {
 					stderr(`sidestep: ${problem.message}\n`);
+					setCode(EXIT_FAILED);
 				}
 
 				stdout(unload(lock) ? `unloaded: ${PROGRAMS.length} programs are detached, all pins are gone\n` : 'nothing is loaded\n');
@@ -268,7 +269,7 @@ function restoreLoaded({bpffs, proc}: {readonly bpffs: string; readonly proc: st
 	}
 
 	try {
-		return restoreNamespaces(datapath, proc);
+		return leaveNamespaces(datapath, proc);
 	} finally {
 		datapath.close();
 	}

@@ -154,6 +154,22 @@ export function explain({programs, schema}: Datapath, flow: Flow): {readonly out
 	return {outbound: reasonName(outbound), inbound: inbound === 'REASONS' ? undefined : reasonName(inbound)};
 }
 
+/** What a packet from outside then meets: also its pod has to be found by the address, and a listener. */
+export function inboundDecision({maps, schema, rawMaps}: Datapath, {cookie, value}: EnrolledPod, to: {readonly address: string}, decision: string | undefined): string {
+	if (decision === undefined) {
+		return 'inbound is not captured';
+	}
+
+	const owner = maps.addresses.get({bits: 128, address: to.address});
+	if (owner !== cookie) {
+		return owner === undefined ? 'refused: no pod is known by this address' : `not for this pod: it is an address of ${maps.podInfo.get(owner)?.name}`;
+	}
+
+	const listeners = schema.typed<{netns: NetnsCookie; port: number}, bigint>('listeners', rawMaps.get('listeners')!).entries();
+	const hasListener = listeners.some(([key]) => key.netns === cookie && key.port === value.inboundPort);
+	return decision === 'steered' && !hasListener ? 'inbound_refused' : decision;
+}
+
 /** @returns rows, and how many were reset; undefined when its namespace is not found: it has ended, or this process may not look at others' namespaces. */
 export function podSockets(datapath: Datapath, {info}: EnrolledPod, options: {readonly proc: string; readonly onlyMissed: boolean; readonly reset: boolean}): {readonly rows: readonly Row[]; readonly reset: number} | undefined {
 	const netns = findNetns(options.proc, {device: info.netnsDevice, inode: info.netnsInode});

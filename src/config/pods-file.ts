@@ -6,7 +6,7 @@ import {LineCounter, parseDocument} from 'yaml';
 import {InputError} from '../errors.js';
 import {canonicalAddress} from '../maps/address.js';
 import {MARKS_MAX, type Mark} from '../maps/schema.js';
-import {ISTIO_DEFAULTS, ambientCapture, decideEnrolment, sidecarCapture, type NodeDefaults, type PodMetadata} from '../redirect/annotations.js';
+import {ISTIO_DEFAULTS, ambientCapture, decideEnrolment, sidecarCapture, warningsOf, type NodeDefaults, type PodMetadata} from '../redirect/annotations.js';
 import type {Capture} from '../redirect/capture.js';
 
 export interface PodSpec {
@@ -130,7 +130,8 @@ function wishOf(mode: 'ambient' | 'sidecar' | 'auto', name: string, pod: Fields)
 	};
 	try {
 		if (mode !== 'auto') {
-			return {capture: mode === 'ambient' ? ambientCapture(metadata, defaults) : sidecarCapture(metadata, defaults), warnings: []};
+			const capture = mode === 'ambient' ? ambientCapture(metadata, defaults) : sidecarCapture(metadata, defaults);
+			return {capture, warnings: warningsOf(metadata, capture)};
 		}
 
 		const enrolment = decideEnrolment(metadata, defaults);

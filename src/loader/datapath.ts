@@ -25,6 +25,9 @@ export type CgroupProgramName = typeof CGROUP_PROGRAMS[number];
 export const PROGRAMS = [...CGROUP_PROGRAMS, 'inbound', 'find_listeners', 'sockets', 'explain'] as const;
 export type ProgramName = typeof PROGRAMS[number];
 
+/** enum bpf_attach_type; a program that was opened from its pin does not know its own. */
+const BPF_SK_LOOKUP = 36;
+
 export interface LoadOptions {
 	/** cgroup v2 directory to attach to. */
 	readonly cgroup: string;
@@ -57,7 +60,7 @@ export class Datapath {
 
 	/** From now on what comes to the namespace is decided by the program `inbound`. */
 	steer(cookie: NetnsCookie, netns: NetNs): void {
-		const link = this.programs.get('inbound')!.attachNetns(netns.fd);
+		const link = this.programs.get('inbound')!.attachNetns(netns.fd, BPF_SK_LOOKUP);
 		try {
 			mkdirSync(path.join(this.layout.current, 'pods'), {recursive: true, mode: 0o700});
 			link.pin(this.layout.podLink(cookie));

@@ -20,6 +20,7 @@ const FAMILIES: ReadonlyArray<readonly [prefix: string, name: string, help: stri
 	['inbound_refused', 'sidestep_inbound_refusals_total', 'Inbound SYNs refused because the proxy did not listen'],
 	['pass_lost', 'sidestep_passes_lost_total', 'Connections into the pod that the map passes had no room for'],
 	['listener_lost', 'sidestep_listeners_lost_total', 'Listeners of the proxy that the map listeners had no room for'],
+	['listener_unsteerable', 'sidestep_listeners_unsteerable_total', 'Listeners of the proxy that connections cannot be given to (MPTCP)'],
 	['source_kept', 'sidestep_sources_kept_total', 'Connections that the proxy made to the pod under a client\'s address'],
 	['source_port_left', 'sidestep_source_ports_left_total', 'Sockets of those whose port was left to the kernel because none was known to be free'],
 ];

@@ -2,6 +2,7 @@
 What capture needs inside a pod's namespace beyond programs: so that the answers to a kept source come back over lo (KEEP_SOURCE), and so that a sidecar's
 proxy can bind ::6. Made at each round if it is not there; what was not there before is taken away at the end, and nothing else.
 */
+import {reasonOf} from '../errors.js';
 import {addressToBytes} from '../maps/address.js';
 import {
 	KEPT_SOURCE_MARK, KEPT_SOURCE_MASK, NAMESPACE_ACCEPT, NAMESPACE_PASSTHROUGH, NAMESPACE_REFLECT4, NAMESPACE_REFLECT6, NAMESPACE_ROUTE4, NAMESPACE_ROUTE6, NAMESPACE_RULE4,
@@ -17,6 +18,8 @@ const RTN_LOCAL = 2;
 
 interface Change {
 	readonly bit: number;
+	/** For people. */
+	readonly name: string;
 	isMade(netns: NetNs, proc: string): boolean;
 	make(netns: NetNs, proc: string): void;
 	undo(netns: NetNs, proc: string): void;
@@ -26,6 +29,7 @@ const rule = (bit: number, family: 4 | 6): Change => {
 	const wanted = {family, priority: PRIORITY, table: TABLE, mark: KEPT_SOURCE_MARK, mask: KEPT_SOURCE_MASK};
 	return {
 		bit,
+		name: `ip -${family} rule fwmark 0x111/0xfff lookup ${TABLE}`,
 		isMade: netns => netns.rules().some(({family, table, mark, mask}) => family === wanted.family && table === TABLE && mark === KEPT_SOURCE_MARK && mask === KEPT_SOURCE_MASK),
 		make: netns => netns.changeRule('add', wanted),
 		undo: netns => netns.changeRule('delete', wanted),
@@ -36,6 +40,7 @@ const defaultRoute = (bit: number, family: 4 | 6): Change => {
 	const wanted = {address: new Uint8Array(family === 4 ? 4 : 16), prefixLength: 0, interfaceName: 'lo', table: TABLE};
 	return {
 		bit,
+		name: `ip -${family} route local default dev lo table ${TABLE}`,
 		isMade: netns => netns.routes().some(route => route.family === family && route.table === TABLE && route.type === RTN_LOCAL && route.prefixLength === 0),
 		make: netns => netns.changeLocalRoute('add', wanted),
 		undo: netns => netns.changeLocalRoute('delete', wanted),
@@ -44,6 +49,7 @@ const defaultRoute = (bit: number, family: 4 | 6): Change => {
 
 const switchOn = (bit: number, name: string): Change => ({
 	bit,
+	name,
 	isMade: (netns, proc) => netns.sysctl(proc, name) === '1',
 	make: (netns, proc) => netns.setSysctl(proc, name, '1'),
 	undo: (netns, proc) => netns.setSysctl(proc, name, '0'),
@@ -51,6 +57,7 @@ const switchOn = (bit: number, name: string): Change => ({
 
 const passthrough: Change = {
 	bit: NAMESPACE_PASSTHROUGH,
+	name: `${PASSTHROUGH_ADDRESS}/128 dev lo`,
 	isMade: netns => netns.addresses().some(({address, isLoopback}) => isLoopback && Buffer.compare(address, PASSTHROUGH.address) === 0),
 	make: netns => netns.changeAddress('add', PASSTHROUGH),
 	undo: netns => netns.changeAddress('delete', PASSTHROUGH),
@@ -101,6 +108,9 @@ export function prepareNamespace({podInfo}: Pick<Maps, 'podInfo'>, policy: PodPo
 	podInfo.set(policy.cookie, {...info, namespaceChanges: missing.reduce((bits, {bit}) => bits | bit, info.namespaceChanges)});
 	for (const change of missing) {
 		change.make(netns, proc);
+		if (!change.isMade(netns, proc)) {
+			throw new Error(`\`${change.name}\` cannot be made, as something else is in its place`);
+		}
 	}
 
 	for (const change of stale) {
@@ -111,11 +121,27 @@ export function prepareNamespace({podInfo}: Pick<Maps, 'podInfo'>, policy: PodPo
 	return true;
 }
 
-/** Takes back what `changes` (NAMESPACE_… bits) says was made. */
+/**
+Takes back what `changes` (NAMESPACE_… bits) says was made: all that is possible.
+
+@throws Error that names what was not.
+*/
 export function restoreNamespace(changes: number, netns: NetNs, proc: string): void {
+	const failures: string[] = [];
 	for (const [bit, change] of ALL) {
-		if (changes & bit) {
-			change.undo(netns, proc);
+		try {
+			if (changes & bit) {
+				change.undo(netns, proc);
+			}
+		} catch (error) {
+			failures.push(`${change.name} (${reasonOf(error)})`);
 		}
 	}
+
+	if (failures.length > 0) {
+		throw new Error(failures.join(', '));
+	}
 }
+
+/** Connections that the proxy makes under clients' addresses depend on these. */
+export const KEEPS_SOURCES = KEEP_SOURCE6.reduce((bits, {bit}) => bits | bit, 0);

@@ -2,15 +2,15 @@
 One round of the control loop: make the kernel equal to what the pods should have. Holds no state: each round starts from the maps.
 */
 import type {PodSpec} from '../config/pods-file.js';
-import {AgentError, PodError, reasonOf} from '../errors.js';
+import {AgentError, PodError, hasErrno, reasonOf} from '../errors.js';
 import type {Datapath} from '../loader/datapath.js';
-import {POD_INBOUND, type NetnsCookie, type PodInfo} from '../maps/schema.js';
+import {POD_INBOUND, POD_KEEP_SOURCE, type AddressKey, type NetnsCookie, type PodInfo} from '../maps/schema.js';
 import {applyChange, readKernelState} from '../redirect/apply.js';
 import {plan, type Change} from '../redirect/plan.js';
 import {compilePolicy, type PodPolicy} from '../redirect/policy.js';
 import {findNetns, openPod, type OpenedPod} from './facts.js';
-import {prepareNamespace, restoreNamespace} from './namespace.js';
-import {readSockets, resetMissed} from './sockets.js';
+import {KEEPS_SOURCES, prepareNamespace, restoreNamespace} from './namespace.js';
+import {readSockets, resetKeptSources, resetMissed} from './sockets.js';
 
 export interface Round {
 	/** Names of the pods that are enrolled as they should be. */
@@ -19,6 +19,8 @@ export interface Round {
 	readonly failures: ReadonlyMap<string, Error>;
 	/** What was changed, as `enrol default/web`. */
 	readonly changes: readonly string[];
+	/** What is not as one might expect, and no failure. */
+	readonly notes: readonly string[];
 }
 
 export interface RoundOptions {
@@ -48,21 +50,14 @@ interface Wanted {
 
 class Turn {
 	readonly #changes: string[] = [];
+	readonly #notes: string[] = [];
 
 	constructor(readonly datapath: Datapath, readonly options: RoundOptions, readonly failures: Map<string, Error>) {}
 
 	run(all: readonly Wanted[]): Round {
 		const actual = readKernelState(this.datapath.maps);
-		const keep = new Set<NetnsCookie>([...actual.infos].filter(([, {name}]) => this.failures.has(name)).map(([cookie]) => cookie));
-		const wanted = all.filter(({policy}) => {
-			const owner = actual.addresses.find(([key, cookie]) => keep.has(cookie) && cookie !== policy.cookie && policy.addresses.some(other => other.address === key.address && other.bits === key.bits));
-			if (owner) {
-				this.#fail(policy.info.name, new PodError(policy.info.name, `its address ${owner[0].address} is also that of pod ${actual.infos.get(owner[1])?.name}`));
-				keep.add(policy.cookie);
-			}
-
-			return !owner;
-		});
+		const keep = new Set<NetnsCookie>([...actual.infos].filter(([, info]) => this.failures.has(info.name) && !this.#hasEnded(info)).map(([cookie]) => cookie));
+		const wanted = this.#divideAddresses(all, new Map(actual.addresses.filter(([, cookie]) => keep.has(cookie)).map(([key, cookie]) => [addressId(key), actual.infos.get(cookie)?.name ?? ''])));
 
 		const steered = this.datapath.steeredPods();
 		const inbound = new Set(wanted.filter(({policy}) => policy.pod.flags & POD_INBOUND).map(({policy}) => policy.cookie));
@@ -82,12 +77,62 @@ class Turn {
 		}
 
 		for (const {policy, pod} of wanted) {
+			this.#notes.push(...pod.capture.excludeInterfaces.filter(name => !pod.facts.interfaces.some(other => other.name === name)).map(name => `pod ${policy.info.name} excludes the interface ${name}, which it does not have`));
 			if (!this.failures.has(policy.info.name)) {
-				this.#finish(policy, pod, {isNew: !actual.pods.has(policy.cookie), isSteered: steered.includes(policy.cookie)});
+				const before = actual.pods.get(policy.cookie);
+				this.#finish(policy, pod, {isNew: !before, isSteered: steered.includes(policy.cookie), losesSources: ((before?.flags ?? 0) & ~policy.pod.flags & POD_KEEP_SOURCE) !== 0});
 			}
 		}
 
-		return {enrolled: wanted.map(({policy}) => policy.info.name).filter(name => !this.failures.has(name)), failures: this.failures, changes: this.#changes};
+		return {enrolled: wanted.map(({policy}) => policy.info.name).filter(name => !this.failures.has(name)), failures: this.failures, changes: this.#changes, notes: this.#notes};
+	}
+
+	/** Its namespace is gone, and not only not to be read. */
+	#hasEnded({name, netnsDevice, netnsInode}: PodInfo): boolean {
+		if (!hasErrno(this.failures.get(name)?.cause, 'ENOENT', 'ESRCH')) {
+			return false;
+		}
+
+		const netns = findNetns(this.options.proc, {device: netnsDevice, inode: netnsInode});
+		netns?.close();
+		return netns === undefined;
+	}
+
+	/**
+	What arrives for an address that two pods have cannot be told apart: it is the pod's that names it in `ips`, if only one does; else nobody's, and refused.
+
+	@param kept - addresses, by {@link addressId}, of pods that stay as they are, and their names.
+	*/
+	#divideAddresses(all: readonly Wanted[], kept: ReadonlyMap<string, string>): readonly Wanted[] {
+		const claims = new Map<string, Wanted[]>();
+		for (const one of all) {
+			for (const key of one.policy.addresses) {
+				const id = addressId(key);
+				claims.set(id, [...claims.get(id) ?? [], one]);
+			}
+		}
+
+		const lost = new Map<Wanted, Set<string>>();
+		for (const [id, claimants] of claims) {
+			const owner = kept.get(id);
+			if (claimants.length === 1 && owner === undefined) {
+				continue;
+			}
+
+			const named = claimants.filter(({pod}) => pod.spec.ips?.includes(id.split('/', 1)[0]!));
+			const winner = owner === undefined && named.length === 1 ? named[0] : undefined;
+			for (const one of claimants.filter(candidate => candidate !== winner)) {
+				lost.set(one, (lost.get(one) ?? new Set()).add(id));
+			}
+
+			const names = [...claimants.map(({policy}) => policy.info.name), ...(owner === undefined ? [] : [owner])];
+			this.#notes.push(`pods ${names.join(', ')} have the same address ${id}: what arrives for it is ${winner ? `taken to be for ${winner.policy.info.name}, which names it in ips` : owner === undefined ? 'refused; name each pod\'s own in ips' : `taken to be for ${owner}`}`);
+		}
+
+		return all.map(one => {
+			const ids = lost.get(one);
+			return ids ? {...one, policy: {...one.policy, addresses: one.policy.addresses.filter(key => !ids.has(addressId(key)))}} : one;
+		});
 	}
 
 	#apply(change: Change): void {
@@ -102,10 +147,14 @@ class Turn {
 	}
 
 	/** What the maps cannot do: the namespace's own settings, listeners that were there first, the link. */
-	#finish(policy: PodPolicy, {netns}: OpenedPod, {isNew, isSteered}: {readonly isNew: boolean; readonly isSteered: boolean}): void {
+	#finish(policy: PodPolicy, {netns}: OpenedPod, {isNew, isSteered, losesSources}: {readonly isNew: boolean; readonly isSteered: boolean; readonly losesSources: boolean}): void {
 		const {name} = policy.info;
 		const {datapath, options} = this;
 		try {
+			if (losesSources) {
+				resetKeptSources(readSockets(datapath, netns), netns);
+			}
+
 			if (prepareNamespace(datapath.maps, policy, netns, options.proc) && !isNew) {
 				this.#changes.push(`restore the namespace settings of ${name}`);
 			}
@@ -134,7 +183,7 @@ class Turn {
 		}
 
 		try {
-			restoreBy(info, this.options.proc);
+			leaveNamespace(this.datapath, info, this.options.proc);
 		} catch (error) {
 			this.#fail(name, new PodError(name, `it is not captured any more, but settings in its namespace could not be taken back (${reasonOf(error)})`, {cause: error}));
 		}
@@ -145,22 +194,36 @@ class Turn {
 	}
 }
 
-/** Takes back what was changed in every captured pod's namespace; for `sidestep unload`. @returns what could not be. */
-export function restoreNamespaces({maps}: Pick<Datapath, 'maps'>, proc: string): readonly PodError[] {
-	return maps.podInfo.entries().filter(([, {namespaceChanges}]) => namespaceChanges !== 0).flatMap(([, info]) => {
+/**
+For `sidestep unload`: leaves every captured pod's namespace as it was.
+
+@returns what could not be done.
+*/
+export function leaveNamespaces(datapath: Datapath, proc: string): readonly PodError[] {
+	// First, as inbound connections need the settings.
+	for (const cookie of datapath.steeredPods()) {
+		datapath.unsteer(cookie);
+	}
+
+	return datapath.maps.podInfo.entries().flatMap(([, info]) => {
 		try {
-			restoreBy(info, proc);
+			leaveNamespace(datapath, info, proc);
 			return [];
 		} catch (error) {
-			return [new PodError(info.name, `settings in its namespace could not be taken back (${reasonOf(error)})`, {cause: error})];
+			return [new PodError(info.name, `not everything in its namespace could be taken back (${reasonOf(error)})`, {cause: error})];
 		}
 	});
 }
 
-function restoreBy({netnsDevice, netnsInode, namespaceChanges}: PodInfo, proc: string): void {
-	const netns = findNetns(proc, {device: netnsDevice, inode: netnsInode});
+/** Does nothing when the namespace is not found: it is about to end. */
+function leaveNamespace(datapath: Datapath, {netnsDevice, netnsInode, namespaceChanges}: PodInfo, proc: string): void {
+	const netns = namespaceChanges === 0 ? undefined : findNetns(proc, {device: netnsDevice, inode: netnsInode});
 	try {
 		if (netns) {
+			if (namespaceChanges & KEEPS_SOURCES) {
+				resetKeptSources(readSockets(datapath, netns), netns);
+			}
+
 			restoreNamespace(namespaceChanges, netns, proc);
 		}
 	} finally {
@@ -204,24 +267,10 @@ function compilePolicies(opened: readonly OpenedPod[], failures: Map<string, Err
 		}
 	}
 
-	const owners = new Map<string, Wanted>();
-	const doubled = new Set<Wanted>();
-	for (const one of wanted) {
-		for (const {address, bits} of one.policy.addresses) {
-			const other = owners.get(`${address}/${bits}`);
-			owners.set(`${address}/${bits}`, one);
-			if (other) {
-				for (const [mine, theirs] of [[one, other], [other, one]] as const) {
-					const {name} = mine.policy.info;
-					failures.set(name, new PodError(name, `it has the same address (${address}) as pod ${theirs.policy.info.name}: what arrives for it cannot be told apart`));
-					doubled.add(mine);
-				}
-			}
-		}
-	}
-
-	return wanted.filter(one => !doubled.has(one));
+	return wanted;
 }
+
+const addressId = ({address, bits}: AddressKey) => `${address}/${bits}`;
 
 function asPodError({name}: PodSpec, error: unknown): Error {
 	return error instanceof PodError ? error : new PodError(name, reasonOf(error), {cause: error});

@@ -3,7 +3,7 @@ The TCP sockets of a pod, with what became of them and what would become of them
 */
 import type {Datapath} from '../loader/datapath.js';
 import {addressToBytes} from '../maps/address.js';
-import {reasonName, type SocketRecord} from '../maps/schema.js';
+import {KEPT_SOURCE_MARK, KEPT_SOURCE_MASK, reasonName, type SocketRecord} from '../maps/schema.js';
 import type {NetNs} from '../native.js';
 
 const TCP_CLOSE = 7;
@@ -37,8 +37,23 @@ export function readSockets({programs, schema}: Pick<Datapath, 'programs' | 'sch
 	});
 }
 
+const LOOPBACK_INTERFACE = 1;
+
+/**
+Aborts IPv6 connections that the proxy made under clients' addresses, both ends: without the namespace's settings there is no route for their answers. IPv4 needs none,
+as they are tied to lo.
+*/
+export function resetKeptSources(sockets: readonly PodSocket[], netns: NetNs): void {
+	for (const {record: {local, remote, localPort, remotePort, mark}, direction} of sockets) {
+		if (direction !== 'listen' && local.includes(':') && (mark & KEPT_SOURCE_MASK) === KEPT_SOURCE_MARK) {
+			netns.destroyTcpSocket({address: addressToBytes(local), port: localPort}, {address: addressToBytes(remote), port: remotePort}, LOOPBACK_INTERFACE);
+		}
+	}
+}
+
 /** Aborts those that are missed, as iptables rules do to connections that are older than they. @returns how many. */
 export function resetMissed(sockets: readonly PodSocket[], netns: NetNs): number {
 	return sockets.filter(({isMissed}) => isMissed).filter(({record: {local, remote, localPort, remotePort}}) =>
 		netns.destroyTcpSocket({address: addressToBytes(local), port: localPort}, {address: addressToBytes(remote), port: remotePort})).length;
 }
+

@@ -175,7 +175,7 @@ function hasSidecar(pod: PodMetadata): boolean {
 }
 
 /** What the pod asks for and does not get, though nothing is wrong with it: it may be meant for the other mode, or for a later Istio. */
-function warningsOf(pod: PodMetadata, {mode, inbound}: Capture): readonly string[] {
+export function warningsOf(pod: PodMetadata, {mode, inbound}: Capture): readonly string[] {
 	const [own, other] = mode === 'ambient' ? ['ambient', 'sidecar'] as const : ['sidecar', 'ambient'] as const;
 	const names = Object.keys(pod.annotations).sort();
 	const label = pod.labels[DATAPLANE_MODE];

@@ -1,7 +1,7 @@
 /*
- * client --to ADDRESS:PORT… [--family 4|6|mapped] [--bind ADDRESS:PORT] [--reuseport] [--device IF] [--mark N] [--nonblock] [--tfo sendto|connect] [--mptcp]
+ * client --to ADDRESS:PORT… [--family 4|6|mapped] [--bind ADDRESS:PORT [--step N]] [--reuseport] [--device IF] [--mark N] [--nonblock] [--tfo sendto|connect] [--mptcp]
  *        [--send TEXT] [--timeout MS] [--count N --parallel P] [--hold]
- * Connects, reads the server's hello, expects an echo, and says what it saw.
+ * Connects, reads the server's hello, expects an echo, and says what it saw. With --step each connection's port is N further than the one's before.
  */
 #include <fcntl.h>
 #include <poll.h>
@@ -16,7 +16,7 @@
 
 static struct {
 	const char *to[TO_MAX], *family, *bind, *device, *tfo, *send;
-	int to_count, mark, timeout, count, parallel;
+	int to_count, mark, timeout, count, parallel, step;
 	bool nonblock, mptcp, hold, reuseport;
 } options = {.send = "ping", .timeout = 3000, .parallel = 1, .count = -1, .mark = -1};
 
@@ -108,6 +108,16 @@ static union address destination(const char *text)
 	return options.family && !strcmp(options.family, "mapped") ? mapped(to) : to;
 }
 
+static union address next_source(void)
+{
+	static atomic_int made;
+	union address source = parse_address(options.bind);
+	in_port_t *port = source.any.sa_family == AF_INET ? &source.in.sin_port : &source.in6.sin6_port;
+
+	*port = htons(ntohs(*port) + options.step * made++);
+	return source;
+}
+
 static const char *open_connection(struct result *result, const union address *to, const char *message)
 {
 	int fd = socket(to->any.sa_family, SOCK_STREAM | SOCK_CLOEXEC, options.mptcp ? 262 : 0), on = 1;
@@ -124,7 +134,7 @@ static const char *open_connection(struct result *result, const union address *t
 	if (options.device && setsockopt(fd, SOL_SOCKET, SO_BINDTODEVICE, options.device, strlen(options.device)))
 		return errno_name(errno);
 	if (options.bind) {
-		union address source = parse_address(options.bind);
+		union address source = next_source();
 
 		setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
 		if (options.reuseport)
@@ -318,6 +328,8 @@ int main(int argc, char **argv)
 			options.family = argv[i];
 		else if (!strcmp(name, "--bind"))
 			options.bind = argv[i];
+		else if (!strcmp(name, "--step"))
+			options.step = atoi(argv[i]);
 		else if (!strcmp(name, "--device"))
 			options.device = argv[i];
 		else if (!strcmp(name, "--mark"))
