@@ -61,7 +61,7 @@ export class Running {
 		return whole.split('\n').filter(Boolean).map(line => JSON.parse(line) as T);
 	}
 
-	async until(what: string, test: () => boolean, timeoutMs = 15_000): Promise<void> {
+	async until(what: string, test: () => boolean, timeoutMs = 45_000): Promise<void> {
 		const deadline = Date.now() + timeoutMs;
 		while (!test()) {
 			if (this.hasEnded || Date.now() > deadline) {
@@ -81,7 +81,7 @@ export class Running {
 	}
 }
 
-export async function eventually(what: string, test: () => boolean | Promise<boolean>, timeoutMs = 10_000): Promise<void> {
+export async function eventually(what: string, test: () => boolean | Promise<boolean>, timeoutMs = 30_000): Promise<void> {
 	const deadline = Date.now() + timeoutMs;
 	while (!await test()) {
 		if (Date.now() > deadline) {
