@@ -1,6 +1,6 @@
 import {Argument, Command, CommanderError, InvalidArgumentError, Option} from 'commander';
 import {runAgent} from '../agent.js';
-import {AgentError, NotLoadedError, reasonOf} from '../errors.js';
+import {AgentError, NotLoadedError, PodError, reasonOf} from '../errors.js';
 import {Datapath, PROGRAMS, openDatapath, unload} from '../loader/datapath.js';
 import {DEFAULT_BPFFS, isBpffs, requireCapabilities} from '../loader/host.js';
 import {isAgentRunning, takeWriterLock} from '../loader/lock.js';
@@ -247,7 +247,9 @@ function createProgram({stdout, stderr, signal}: Environment, setCode: (code: nu
 			try {
 				for (const problem of restoreLoaded(options)) {
 					stderr(`sidestep: ${problem.message}\n`);
-					setCode(EXIT_FAILED);
+					if (problem instanceof PodError) {
+						setCode(EXIT_FAILED);
+					}
 				}
 
 				stdout(unload(lock) ? `unloaded: ${PROGRAMS.length} programs are detached, all pins are gone\n` : 'nothing is loaded\n');
