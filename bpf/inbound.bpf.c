@@ -122,6 +122,17 @@ static __always_inline void on_listen(struct bpf_sock_ops *ctx)
 	count(key.netns, REASON_LISTENER_LOST);
 }
 
+/*
+ * Whether the iterator holds the socket in a way in which a sockhash can take it. Before 6.5 (6.1.42, 6.4.7) it held the very spin lock that the
+ * update waits for, unless somebody else was in the way: a CPU of the node would hang for ever.
+ */
+static __always_inline bool can_be_taken(struct sock_common *sk)
+{
+	struct tcp_sock *tcp = bpf_skc_to_tcp_sock(sk);
+
+	return tcp && ((struct sock *)tcp)->sk_lock.owned;
+}
+
 /* Run by the agent inside a pod's namespace: finds the listeners that were there first, and those whose slot another's death left behind. */
 SEC("iter/tcp")
 int find_listeners(struct bpf_iter__tcp *ctx)
@@ -156,7 +167,7 @@ int find_listeners(struct bpf_iter__tcp *ctx)
 	key.port = pod->inbound_port;
 	for (int slot = sk->skc_family == AF_INET6; slot < LISTENER_SLOTS; slot += 2) {
 		key.slot = slot;
-		error = bpf_map_update_elem(&listeners, &key, sk, BPF_NOEXIST);
+		error = can_be_taken(sk) ? bpf_map_update_elem(&listeners, &key, sk, BPF_NOEXIST) : -EBUSY;
 		if (error == -EEXIST)
 			continue;
 		*slot_of_listener = error ? UNSTEERABLE : 1 + slot;

@@ -42,6 +42,7 @@
 #define ECONNREFUSED 111
 #define ENOENT 2
 #define ENOMEM 12
+#define EBUSY 16
 #define EEXIST 17
 #define EINVAL 22
 #define EADDRNOTAVAIL 99

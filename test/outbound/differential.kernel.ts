@@ -100,7 +100,7 @@ function addressOnly({bytes = '', ...answer}: ProxyLine['answers'][number]) {
 	return {...answer, address: bytes.slice(0, size), restIsClean: /^(?:(?:00)*|(?:aa)*)$/.test(rest)};
 }
 
-test('under sidestep everyone sees what they see under iptables', async t => {
+test.serial('under sidestep everyone sees what they see under iptables', async t => {
 	t.timeout(120_000);
 	const world = World.create(t);
 	const far = world.pod('far');
@@ -125,7 +125,7 @@ test('under sidestep everyone sees what they see under iptables', async t => {
 			const before = side.proxy.lines().length;
 			const result = side.pod.client(fill(to), [...options.map(fill), '--timeout', '1500'], as);
 			if (reachesProxy || (differs === 'relayed' && side.pod === ours)) {
-				await eventually(`${title}: the proxy of ${side.pod.name} reports ${JSON.stringify(result)}`, () => side.proxy.lines().length > before, 3000).catch(() => {});
+				await eventually(`${title}: the proxy of ${side.pod.name} reports ${JSON.stringify(result)}`, () => side.proxy.lines().length > before, 10_000).catch(() => {});
 			}
 
 			views.push(view(side, result, side.proxy.lines<ProxyLine>().slice(before)));
@@ -151,7 +151,7 @@ test('under sidestep everyone sees what they see under iptables', async t => {
 	}
 });
 
-test('with no proxy a captured connection is refused, at once and in both ways of connecting, as under iptables', async t => {
+test.serial('with no proxy a captured connection is refused, at once and in both ways of connecting, as under iptables', async t => {
 	const world = World.create(t);
 	const far = world.pod('far');
 	const theirs = world.pod('iptables');
@@ -172,7 +172,7 @@ test('with no proxy a captured connection is refused, at once and in both ways o
 	t.deepEqual(world.json('map', 'dump', 'handshakes'), [], 'nothing waits for a proxy that never came');
 });
 
-test('a socket that is used again shows each time the peer of its last connect, as under iptables', async t => {
+test.serial('a socket that is used again shows each time the peer of its last connect, as under iptables', async t => {
 	const world = World.create(t);
 	const far = world.pod('far', {more: ['10.77.0.170']});
 	const theirs = world.pod('iptables');
@@ -199,7 +199,7 @@ test('a socket that is used again shows each time the peer of its last connect, 
 	t.deepEqual(world.json('map', 'dump', 'handshakes'), []);
 });
 
-test('a pod without IPv6 gets ENETUNREACH for IPv6, as it does without capture', async t => {
+test.serial('a pod without IPv6 gets ENETUNREACH for IPv6, as it does without capture', async t => {
 	const world = World.create(t);
 	const far = world.pod('far');
 	const pod = world.pod('four', {ipv6: false});
@@ -211,7 +211,7 @@ test('a pod without IPv6 gets ENETUNREACH for IPv6, as it does without capture',
 	t.is(refused, 1);
 });
 
-test('a proxy that listens on loopback only still sees the pod as its peer', async t => {
+test.serial('a proxy that listens on loopback only still sees the pod as its peer', async t => {
 	const world = World.create(t);
 	const far = world.pod('far');
 	const pod = world.pod('pod');
@@ -226,7 +226,7 @@ test('a proxy that listens on loopback only still sees the pod as its peer', asy
 	t.deepEqual(peers(), [pod.ipv4, `[${pod.ipv6}]`, pod.ipv4]);
 });
 
-test('a proxy in another namespace learns client and original destination', async t => {
+test.serial('a proxy in another namespace learns client and original destination', async t => {
 	const world = World.create(t);
 	const far = world.pod('far');
 	const pod = world.pod('pod');
@@ -246,7 +246,7 @@ test('a proxy in another namespace learns client and original destination', asyn
 	t.is(pod.client(`[${far.ipv6}]:8080`).outcome, 'ENETUNREACH');
 });
 
-test('a process in an exempt cgroup, or below it, is left alone', async t => {
+test.serial('a process in an exempt cgroup, or below it, is left alone', async t => {
 	const world = World.create(t);
 	const far = world.pod('far');
 	const pod = world.pod('pod');
@@ -263,7 +263,7 @@ test('a process in an exempt cgroup, or below it, is left alone', async t => {
 	t.is(reasons['redirected'], 1);
 });
 
-test('200 connections at once go through the proxy, to the right place', async t => {
+test.serial('200 connections at once go through the proxy, to the right place', async t => {
 	const world = World.create(t);
 	const far = world.pod('far', {more: ['10.77.0.170']});
 	const pod = world.pod('pod');
@@ -271,13 +271,13 @@ test('200 connections at once go through the proxy, to the right place', async t
 	await far.server(...destinations);
 	await pod.proxy(['--listen', `[::]:${PROXY_PORT}`, '--mark', String(PROXY_MARK), '--brief']);
 	await captureBySidestep(pod);
-	const result = await pod.clients(destinations, ['--count', '600', '--parallel', '200']);
+	const result = await pod.clients(destinations, ['--count', '600', '--parallel', '200', '--timeout', '10000']);
 	t.like(result, {ok: 600, failed: 0, wrong_peer: 0});
 	const [{accepted}] = world.json<[{accepted: number}]>('pods');
 	t.is(accepted, 600);
 });
 
-test('a pod holds as many connections to each destination as it has ports: IPv4 as under iptables, IPv6 to all together, as the README says', async t => {
+test.serial('a pod holds as many connections to each destination as it has ports: IPv4 as under iptables, IPv6 to all together, as the README says', async t => {
 	const world = World.create(t);
 	const PORTS = 20;
 	const DESTINATIONS = 5;
