@@ -2,16 +2,12 @@
 `npm run bench`: how long connect(2) takes with lists of excluded ranges, in pods under sidestep, under Istio's iptables rules, and without capture. All sides
 in one run, round by round, on one CPU; nothing of the host's own network is touched, and everything goes at the end, also on Ctrl-C.
 */
-import {readFileSync} from 'node:fs';
-import {arch, cpus, release} from 'node:os';
 import {setImmediate as nextTurn} from 'node:timers/promises';
-import {parseArgs} from 'node:util';
 import {toJson, toTable} from '../src/cli/format.js';
-import {reasonOf} from '../src/errors.js';
 import {openDatapath} from '../src/loader/datapath.js';
 import {SIDECAR_ID, sidecarRules} from '../test/helpers/istio-rules.js';
-import {must} from '../test/helpers/process.js';
-import {World, type As, type Pod} from '../test/helpers/world.js';
+import type {As, Pod, World} from '../test/helpers/world.js';
+import {parseOptions, pinToLastCpu, runBench} from './frame.js';
 import {scatteredRanges} from './ranges.js';
 import {Series, type Latency, type RunTime} from './series.js';
 
@@ -21,12 +17,6 @@ const LIST_LENGTHS = [0, 10, 100, 1000];
 const EXCLUDED = {address: '10.77.0.170', range: '10.77.0.168/29'};
 const PORT = 8080;
 
-interface Options {
-	readonly output: 'table' | 'json';
-	readonly rounds: number;
-	readonly connections: number;
-}
-
 interface Cell {
 	readonly ranges: number;
 	readonly destination: 'captured' | 'excluded';
@@ -35,30 +25,6 @@ interface Cell {
 }
 
 type Report = Awaited<ReturnType<typeof bench>>;
-
-/** @returns undefined for misuse. */
-function parseOptions(): Options | undefined {
-	try {
-		const {values} = parseArgs({options: {
-			output: {type: 'string', short: 'o', default: 'table'},
-			rounds: {type: 'string', default: '20'},
-			connections: {type: 'string', default: '1000'},
-		}});
-		const {output} = values;
-		const [rounds, connections] = [Number(values.rounds), Number(values.connections)];
-		const isCount = (value: number) => Number.isInteger(value) && value > 0;
-		return (output === 'table' || output === 'json') && isCount(rounds) && isCount(connections) ? {output, rounds, connections} : undefined;
-	} catch {
-		return undefined;
-	}
-}
-
-/** This process, and with it all that it will start. */
-function pinToLastCpu(): string {
-	const [cpu] = /\d+$/.exec(/^Cpus_allowed_list:.*$/m.exec(readFileSync('/proc/self/status', 'utf8'))![0])!;
-	must('taskset', '-acp', cpu, String(process.pid));
-	return cpu;
-}
 
 const serverAt = (address: string) => [`${address}:${PORT}`, `{"server":"${address}:${PORT}"`] as const;
 const proxyFor = (address: string) => [`${address}:${PORT}`, `{"original_dst":"${address}:${PORT}"`] as const;
@@ -93,8 +59,8 @@ async function buildCells(world: World, server: Pod, captured: Required<Pick<As,
 	return cells;
 }
 
-async function bench(world: World, {rounds, connections}: Options, stop: AbortSignal) {
-	const cpu = pinToLastCpu();
+async function bench(world: World, {rounds, connections}: {readonly rounds: number; readonly connections: number}, stop: AbortSignal) {
+	const machine = pinToLastCpu();
 	const captured = {cgroup: world.subCgroup('sidestep')};
 	const server = world.pod('server', {more: [EXCLUDED.address]});
 	await server.server(`0.0.0.0:${PORT}`);
@@ -114,9 +80,7 @@ async function bench(world: World, {rounds, connections}: Options, stop: AbortSi
 	const datapath = openDatapath(world.bpffs);
 	const report = {
 		unit: 'ns',
-		kernel: `${release()} ${arch()}`,
-		cpu: `${cpus()[0]!.model}, ${cpus().length} CPUs, all on CPU ${cpu}`,
-		iptables: must('iptables', '--version').trim(),
+		...machine,
 		roundCount: rounds,
 		connections,
 		cells: cells.map(({ranges, destination, iptables, sidestep}) => ({
@@ -159,36 +123,8 @@ function toText({kernel, cpu, iptables, roundCount, connections, cells, withoutC
 	].join('\n');
 }
 
-const options = parseOptions();
-if (!options) {
-	console.error(`usage: ${USAGE}`);
-	process.exit(2);
-}
-
-const stop = new AbortController();
-for (const signal of ['SIGINT', 'SIGTERM', 'SIGHUP'] as const) {
-	process.once(signal, () => {
-		stop.abort();
-	});
-}
-
-const cleaners: Array<() => void | Promise<void>> = [];
-let failure: unknown;
-try {
-	const report = await bench(World.create({teardown: clean => cleaners.push(clean)}), options, stop.signal);
-	process.stdout.write(options.output === 'json' ? toJson(report) : toText(report));
-} catch (error) {
-	failure = error;
-	process.exitCode = 1;
-} finally {
-	for (const clean of cleaners) {
-		await clean();
-	}
-}
-
-// Ctrl-C ends what is running, too, so that it may look like a failure first.
-if (stop.signal.aborted) {
-	process.exitCode = 130;
-} else if (failure !== undefined) {
-	console.error(`bench: ${reasonOf(failure)}`);
-}
+const {output, counts} = parseOptions(USAGE, {rounds: 20, connections: 1000});
+await runBench(async (world, stop) => {
+	const report = await bench(world, counts, stop);
+	return output === 'json' ? toJson(report) : toText(report);
+});

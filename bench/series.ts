@@ -31,7 +31,7 @@ const WARM_UP = 50;
 const RUN_TIME_PASSES = 5;
 
 const quantile = (values: readonly number[], part: number) => [...values].sort((a, b) => a - b)[Math.floor((values.length - 1) * part)]!;
-const median = (values: readonly number[]) => quantile(values, 0.5);
+export const median = (values: readonly number[]) => quantile(values, 0.5);
 
 /** Connections of one pod to one destination. */
 export class Series {
@@ -102,7 +102,7 @@ function medians(rounds: readonly Latency[]): Latency {
 	return {connect: of('connect'), lifetime: of('lifetime')};
 }
 
-function readPrograms(datapath: Datapath): ReadonlyMap<string, {readonly runs: number; readonly ns: number}> {
+export function readPrograms(datapath: Datapath): ReadonlyMap<string, {readonly runs: number; readonly ns: number}> {
 	return new Map([...datapath.programs].map(([name, program]) => {
 		const {runCount, runTimeNs} = program.info();
 		return [name, {runs: Number(runCount), ns: Number(runTimeNs)}];

@@ -28,6 +28,7 @@ int sockets(struct bpf_iter__tcp *ctx)
 {
 	struct sock_common *common = ctx->sk_common;
 	struct socket_record record = {};
+	struct acceleration_of *accelerated_socket;
 	struct original_dst *original;
 	struct owner owner = {.uid = ctx->uid};
 	struct tcp_sock *tcp;
@@ -64,6 +65,15 @@ int sockets(struct bpf_iter__tcp *ctx)
 		record.role = original->role;
 		record.original = original->address;
 		record.original_port = original->port;
+	}
+
+	accelerated_socket = bpf_sk_storage_get(&acceleration_of, (struct sock *)tcp, NULL, 0);
+	if (accelerated_socket) {
+		record.accelerated = 1;
+		record.on_tcp = accelerated_socket->on_tcp;
+		record.redirected_bytes = accelerated_socket->redirected_bytes;
+		record.passed_bytes = accelerated_socket->passed_bytes;
+		record.fallbacks = accelerated_socket->fallbacks;
 	}
 
 	flow.netns = common->skc_net.net->net_cookie;

@@ -73,6 +73,18 @@ enum reason {
 	REASON_SOURCE_KEPT,
 	REASON_SOURCE_PORT_LEFT,       /* no port was free of the client's own: the kernel chose, and may meet a live one */
 
+	/* Local pairs that showed themselves chatty: their bytes go past the TCP stack from now on, or do not, and why. */
+	REASON_ACCELERATED,
+	REASON_UNACCELERATED_GONE,     /* closed before the agent came to it, or its peer is not on this node */
+	REASON_UNACCELERATED_STRANGER, /* what has the peer's addresses is not its peer: the sequence numbers do not fit */
+	REASON_UNACCELERATED_BLOCKING, /* a socket without O_NONBLOCK would see EAGAIN */
+	REASON_UNACCELERATED_ULP,      /* TLS in the kernel, or MPTCP */
+	REASON_UNACCELERATED_BUSY,     /* another sockmap has the socket (EBUSY) */
+	REASON_UNACCELERATED_NO_ROOM,
+	REASON_UNACCELERATED_UNREAD,   /* bytes were unread each time that the agent looked */
+	REASON_UNACCELERATED_RACED,    /* bytes were read in the very moment of joining: reset, as some might be read twice */
+	REASON_UNACCELERATED_UNHEARD,  /* the agent is dead or behind: requests is full; asked again at the next exchange */
+
 	REASONS,
 };
 
@@ -109,6 +121,8 @@ enum pod_flags {
 	POD_INBOUND_ALL = 256,         /* every port that is not excluded; else those included */
 	POD_PASS_NODE = 512,           /* P1 */
 	POD_KEEP_SOURCE = 1024,        /* the proxy binds clients' addresses: their port is chosen, and their replies marked */
+	POD_ACCELERATE = 2048,         /* where the node accelerates */
+	POD_ACCELERATE_ALWAYS = 4096,  /* also where the probes were not content */
 };
 
 /*
@@ -276,10 +290,20 @@ struct client_port {
 	__u64 busy_until_ns;
 };
 
+/* Which pods' bytes go past the TCP stack. One write changes it, for running connections too. */
+enum acceleration {
+	ACCELERATION_OFF = 0,
+	ACCELERATION_WHERE_ASKED = 1,  /* `auto`, and the probes were not content: pods that say `on` */
+	ACCELERATION_AUTO = 2,         /* `auto`, and they were */
+	ACCELERATION_ON = 3,           /* all but pods that say `off`, whatever the probes say */
+};
+
 /* node: of this node. */
 struct node {
 	__u64 netns;                   /* cookie of the node's own namespace; 0: unknown, and nothing passes as a probe */
 	__u64 unknown_addresses;       /* inbound SYNs refused because they came to an address that no pod is known by */
+	enum acceleration acceleration;
+	__u32 pad;
 };
 
 enum role {
@@ -360,7 +384,92 @@ struct socket_record {
 	struct address original;
 	__be16 original_port;
 	__u16 pad0;
+	__u32 accelerated;             /* 1: the fields below hold */
+	__u32 on_tcp;                  /* as in struct acceleration_of */
 	__u32 pad1;
+	__u64 redirected_bytes;
+	__u64 passed_bytes;
+	__u64 fallbacks;
+};
+
+/* Why a message goes by TCP although its pair is accelerated. */
+enum tcp_reason {
+	TCP_OFF,                       /* switched off for the pod or the node */
+	TCP_LARGE,                     /* TCP is as fast there */
+	TCP_FULL,                      /* the receiver has not read what it has */
+	TCP_UNDRAINED,                 /* earlier bytes went by TCP, and are not all read yet: to go past them would reorder */
+	TCP_PEER_GONE,
+	TCP_BLOCKING,                  /* the receiver's socket has lost O_NONBLOCK */
+	TCP_REASONS,
+};
+
+/*
+ * acceleration_of: socket storage, of both sockets of a pair. `peer` is a struct tcp_sock: only ever read as memory that may be anything by now,
+ * and believed as long as the cookie in it is peer_cookie. Bytes are sent by peer_cookie, which the kernel keeps.
+ */
+struct acceleration_of {
+	__u64 netns;                   /* of the pod that the socket is in */
+	__u64 cookie;
+	__u64 peer_cookie;
+	__u64 peer;
+	__u32 accepted;                /* 1: this end was accepted */
+	__u32 on_tcp;                  /* 0: its messages are redirected; else 1 + the tcp_reason of the last one */
+	__u32 burst_bytes;             /* redirected since the receiver was last seen to have read everything */
+	__u32 burst_messages;
+	__u64 redirected_bytes;
+	__u64 redirected_messages;
+	__u64 passed_bytes;
+	__u64 passed_messages;
+	__u64 fallbacks;               /* times it went from redirecting to TCP */
+};
+
+struct volume {
+	__u64 bytes;
+	__u64 messages;
+};
+
+/* traffic: netns cookie → one of these per CPU. Of accelerated pairs only. */
+struct direction {
+	struct volume redirected;
+	struct volume passed[TCP_REASONS];
+};
+
+struct traffic {
+	struct direction sent_by_client;
+	struct direction sent_by_server;
+};
+
+/* requests: a pair has shown that it is chatty. From the end that connected. */
+struct request {
+	__u64 netns;
+	__u64 peer_netns;
+	struct address local;
+	struct address remote;
+	__be16 local_port;
+	__be16 remote_port;
+	__u32 pad;
+};
+
+/* One socket of a pair as `pair` found it. */
+struct pair_end {
+	__u64 cookie;                  /* 0: not looked for yet */
+	__u64 sock;
+	__u32 snd_una;
+	__u32 snd_nxt;
+	__u32 rcv_nxt;
+	__u32 pad;
+};
+
+enum { PAIR_CLIENT = 1, PAIR_SERVER = 2 };
+
+/* The packet that `pair` is run on, once for each namespace that has an end of the pair, and once more in the first of two. */
+struct pairing {
+	__u8 pad0[16];
+	struct request request;
+	struct pair_end client;
+	struct pair_end server;
+	__u32 here;                    /* PAIR_… bits: whose namespace this is */
+	enum reason outcome;           /* REASON_ACCELERATED, or why not */
 };
 
 /* build: which object runs. */

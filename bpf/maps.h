@@ -102,6 +102,34 @@ struct {
 	__type(value, struct node);
 } node SEC(".maps");
 
+/* cookie → socket, of accelerated pairs: what the programs move_bytes and one_queue are attached to. An entry goes with its socket. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SOCKHASH);
+	__uint(max_entries, 131072);
+	__type(key, __u64);
+	__type(value, __u64);
+} accelerated SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, struct acceleration_of);
+} acceleration_of SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 1024);
+	__type(key, __u64);
+	__type(value, struct traffic);
+} traffic SEC(".maps");
+
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 262144);
+} requests SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_HASH);
 	__uint(max_entries, 32768);
@@ -132,6 +160,9 @@ const enum port_flags anchor_port_flags __attribute__((used)) = PORT_OUTBOUND_EX
 const enum namespace_change anchor_namespace_change __attribute__((used)) = NAMESPACE_RULE4;
 const enum role anchor_role __attribute__((used)) = ROLE_CLIENT;
 const struct question anchor_question __attribute__((used)) = {};
+const struct request anchor_request __attribute__((used)) = {};
+const struct pairing anchor_pairing __attribute__((used)) = {};
+const enum tcp_reason anchor_tcp_reason __attribute__((used)) = TCP_OFF;
 const struct socket_record anchor_socket_record __attribute__((used)) = {};
 
 static __always_inline void count(__u64 netns, enum reason reason)

@@ -14,34 +14,7 @@
 #include "lib/address.h"
 #include "lib/client_ports.h"
 #include "lib/decide.h"
-
-struct endpoints {
-	struct address local;
-	struct address remote;
-	__u16 local_port;
-	__u16 remote_port;
-};
-
-static __always_inline void endpoints_of(struct bpf_sock_ops *ctx, struct endpoints *ends)
-{
-	if (ctx->family == AF_INET) {
-		ends->local = address_of_ipv4(ctx->local_ip4);
-		ends->remote = address_of_ipv4(ctx->remote_ip4);
-	} else {
-		/* IPv4 on an AF_INET6 socket shows as ::ffff:a.b.c.d here, which is our form. */
-		ends->local.word[0] = ctx->local_ip6[0];
-		ends->local.word[1] = ctx->local_ip6[1];
-		ends->local.word[2] = ctx->local_ip6[2];
-		ends->local.word[3] = ctx->local_ip6[3];
-		ends->remote.word[0] = ctx->remote_ip6[0];
-		ends->remote.word[1] = ctx->remote_ip6[1];
-		ends->remote.word[2] = ctx->remote_ip6[2];
-		ends->remote.word[3] = ctx->remote_ip6[3];
-	}
-	/* local_port is host order; remote_port is network order in 32 bits. */
-	ends->local_port = ctx->local_port;
-	ends->remote_port = bpf_ntohl(ctx->remote_port);
-}
+#include "lib/endpoints.h"
 
 static __always_inline void handshake_of_client(struct bpf_sock_ops *ctx, const struct original_dst *original, struct handshake_key *key)
 {
@@ -54,17 +27,6 @@ static __always_inline void handshake_of_client(struct bpf_sock_ops *ctx, const 
 	key->proxy = ends.remote;
 	key->client_port = ends.local_port;
 	key->proxy_port = ends.remote_port;
-}
-
-static __always_inline struct original_dst *original_of(struct bpf_sock_ops *ctx, enum role role)
-{
-	struct bpf_sock *sk = ctx->sk;
-	struct original_dst *original;
-
-	if (!sk)
-		return NULL;
-	original = bpf_sk_storage_get(&original_dsts, sk, NULL, 0);
-	return original && original->role == role ? original : NULL;
 }
 
 static __always_inline void watch_close(struct bpf_sock_ops *ctx)
@@ -202,6 +164,8 @@ static __always_inline void on_accept(struct bpf_sock_ops *ctx)
 
 	if (!sk)
 		return;
+	/* Its identity, for the day when it is paired. */
+	bpf_get_socket_cookie(ctx);
 	endpoints_of(ctx, &ends);
 	key.netns = bpf_get_netns_cookie(ctx);
 	key.client = ends.remote;
@@ -284,6 +248,12 @@ int handshake(struct bpf_sock_ops *ctx)
 		break;
 	case BPF_SOCK_OPS_STATE_CB:
 		on_state(ctx);
+		break;
+	case BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB:
+		on_connected(ctx);
+		break;
+	case BPF_SOCK_OPS_RTT_CB:
+		on_round_trip(ctx);
 		break;
 	case BPF_SOCK_OPS_TCP_LISTEN_CB:
 		on_listen(ctx);

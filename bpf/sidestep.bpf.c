@@ -3,6 +3,7 @@
 #include "outbound.bpf.c"
 #include "inbound.bpf.c"
 #include "source.bpf.c"
+#include "accelerate.bpf.c"
 #include "original_dst.bpf.c"
 #include "ask.bpf.c"
 

@@ -138,6 +138,7 @@ class NetNs : public Napi::ObjectWrap<NetNs>, public FdHandle {
 	Napi::Value Sysctl(const Napi::CallbackInfo& info);
 	Napi::Value SetSysctl(const Napi::CallbackInfo& info);
 	Napi::Value RunIterator(const Napi::CallbackInfo& info);
+	Napi::Value TestRun(const Napi::CallbackInfo& info);
 	Napi::Value DestroyTcpSocket(const Napi::CallbackInfo& info);
 	Napi::Value Close(const Napi::CallbackInfo& info);
 	/* Runs `act` in the namespace, on a thread of its own; throws what it gives, about `what`. */

@@ -62,6 +62,7 @@ Napi::Function NetNs::Define(Napi::Env env) {
 		InstanceMethod<&NetNs::Sysctl>("sysctl"),
 		InstanceMethod<&NetNs::SetSysctl>("setSysctl"),
 		InstanceMethod<&NetNs::RunIterator>("runIterator"),
+		InstanceMethod<&NetNs::TestRun>("testRun"),
 		InstanceMethod<&NetNs::DestroyTcpSocket>("destroyTcpSocket"),
 		InstanceMethod<&NetNs::Close>("close"),
 	});

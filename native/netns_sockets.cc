@@ -40,6 +40,27 @@ Napi::Value NetNs::RunIterator(const Napi::CallbackInfo& info) {
 	return CopyBytes(env, written.data(), written.size());
 }
 
+Napi::Value NetNs::TestRun(const Napi::CallbackInfo& info) {
+	Napi::Env env = info.Env();
+	Program& program = Program::From(info, 0, "program");
+	int own = program.fd(env);
+	Bytes data = BytesArgument(info, 1, "data");
+	std::vector<uint8_t> packet(data.data, data.data + data.size), answer(data.size);
+	LIBBPF_OPTS(bpf_test_run_opts, opts);
+	opts.data_in = packet.data();
+	opts.data_size_in = static_cast<uint32_t>(packet.size());
+	opts.data_out = answer.data();
+	opts.data_size_out = static_cast<uint32_t>(answer.size());
+	Inside(env, program.subject(), [&] {
+		/* libbpf 1 gives the negative errno, and sets errno too. */
+		return Outcome::Of(bpf_prog_test_run_opts(own, &opts), "bpf(BPF_PROG_TEST_RUN)");
+	});
+	Napi::Object result = Napi::Object::New(env);
+	result.Set("returnValue", opts.retval);
+	result.Set("data", CopyBytes(env, answer.data(), opts.data_size_out));
+	return result;
+}
+
 namespace {
 
 struct Endpoint {

@@ -6,6 +6,8 @@
 #include <poll.h>
 #include <sys/file.h>
 #include <sys/mount.h>
+#include <sys/epoll.h>
+#include <sys/ioctl.h>
 #include <sys/socket.h>
 #include <sys/statfs.h>
 #include <sys/stat.h>
@@ -187,6 +189,46 @@ static Napi::Value Setsockopt(Info info) {
 	return info.Env().Undefined();
 }
 
+static Napi::Value Send(Info info) {
+	int fd = FdArgument(info, 0, "fd");
+	Bytes bytes = BytesArgument(info, 1, "bytes");
+	ssize_t sent = Checked(info.Env(), "send", FdName(fd), [&] { return ::send(fd, bytes.data, bytes.size, MSG_DONTWAIT | MSG_NOSIGNAL); });
+	return Napi::Number::New(info.Env(), static_cast<double>(sent));
+}
+
+static Napi::Value Receive(Info info) {
+	int fd = FdArgument(info, 0, "fd");
+	std::vector<uint8_t> buffer(static_cast<size_t>(IntegerArgument(info, 1, "length", 1, INT32_MAX)));
+	ssize_t got = Checked(info.Env(), "recv", FdName(fd), [&] { return ::recv(fd, buffer.data(), buffer.size(), MSG_DONTWAIT); });
+	return CopyBytes(info.Env(), buffer.data(), static_cast<size_t>(got));
+}
+
+static Napi::Value Unread(Info info) {
+	int fd = FdArgument(info, 0, "fd"), bytes = 0;
+	Checked(info.Env(), "ioctl(FIONREAD)", FdName(fd), [&] { return ioctl(fd, FIONREAD, &bytes); });
+	return Napi::Number::New(info.Env(), bytes);
+}
+
+static Napi::Value WatchEdges(Info info) {
+	int fd = FdArgument(info, 0, "fd");
+	int watcher = Checked(info.Env(), "epoll_create1", FdName(fd), [] { return epoll_create1(EPOLL_CLOEXEC); });
+	epoll_event event{.events = EPOLLIN | EPOLLET, .data = {}};
+	if (epoll_ctl(watcher, EPOLL_CTL_ADD, fd, &event)) {
+		int error = errno;
+		close(watcher);
+		ThrowErrno(info.Env(), error, "epoll_ctl", FdName(fd));
+	}
+	return Napi::Number::New(info.Env(), watcher);
+}
+
+static Napi::Value WaitEdge(Info info) {
+	int watcher = FdArgument(info, 0, "watcher");
+	int timeout_ms = static_cast<int>(IntegerArgument(info, 1, "timeoutMs", -1, INT32_MAX));
+	epoll_event event{};
+	int count = Checked(info.Env(), "epoll_wait", FdName(watcher), [&] { return epoll_wait(watcher, &event, 1, timeout_ms); });
+	return Napi::Boolean::New(info.Env(), count > 0);
+}
+
 static Napi::Value Poll(Info info) {
 	pollfd watched{FdArgument(info, 0, "fd"), static_cast<short>(IntegerArgument(info, 1, "events", 0, INT16_MAX)), 0};
 	int timeout_ms = static_cast<int>(IntegerArgument(info, 2, "timeoutMs", -1, INT32_MAX));
@@ -298,6 +340,11 @@ void DefineSystem(Napi::Env env, Napi::Object exports) {
 		{"getsockopt", Getsockopt},
 		{"setsockopt", Setsockopt},
 		{"poll", Poll},
+		{"send", Send},
+		{"receive", Receive},
+		{"unread", Unread},
+		{"watchEdges", WatchEdges},
+		{"waitEdge", WaitEdge},
 		{"closeFd", CloseFd},
 		{"lock", Lock},
 		{"mountBpffs", MountBpffs},

@@ -1,7 +1,7 @@
 // `node scripts/setup.mjs demo|test`: brings a bare Debian with Node to where the demo or the tests run: Debian packages, npm packages, the build.
 // Says what it installs, and does nothing twice. Plain Node, as nothing is installed yet.
 import {spawnSync} from 'node:child_process';
-import {existsSync, readFileSync, writeFileSync} from 'node:fs';
+import {existsSync, readFileSync, rmSync, writeFileSync} from 'node:fs';
 import {fileURLToPath} from 'node:url';
 
 const root = fileURLToPath(new URL('..', import.meta.url));
@@ -12,7 +12,7 @@ const PACKAGES = {
 	build: BUILD,
 	bench: [...BUILD, 'iproute2', 'iptables', 'procps'],
 	demo: [...BUILD, 'iproute2', 'haproxy', 'curl'],
-	test: [...BUILD, 'iproute2', 'iptables', 'haproxy', 'redsocks', 'microsocks', 'curl', 'procps', 'python3-venv'],
+	test: [...BUILD, 'iproute2', 'iptables', 'haproxy', 'redsocks', 'microsocks', 'nginx', 'redis-server', 'redis-tools', 'postgresql', 'curl', 'procps', 'python3-venv'],
 };
 
 function run(command, args, why) {
@@ -36,6 +36,18 @@ const missing = PACKAGES[purpose].filter(name => !installed.has(name) && !(['cma
 if (missing.length > 0) {
 	console.log(`setup: installing Debian packages: ${missing.join(' ')}`);
 	run('apt-get', ['update', '-qq'], 'apt-get update');
+	// Debian starts what it installs, unless this program says no.
+	const policy = '/usr/sbin/policy-rc.d';
+	if (!existsSync(policy)) {
+		writeFileSync(policy, '#!/bin/sh\nexit 101\n', {mode: 0o755});
+		process.once('exit', () => {
+			rmSync(policy);
+		});
+		process.once('SIGINT', () => {
+			process.exit(130);
+		});
+	}
+
 	run('apt-get', ['install', '-y', '-qq', '--no-install-recommends', '-o', 'Dpkg::Use-Pty=0', ...missing], 'apt-get install');
 }
 

@@ -13,8 +13,11 @@ import {PinLayout} from './loader/paths.js';
 import {requireWorkingCapture} from './loader/probes.js';
 import {Metrics} from './metrics/metrics.js';
 import {serveMetrics, type Health} from './metrics/server.js';
-import {native, type NetNs} from './native.js';
-import {openNodeNetns} from './pods/facts.js';
+import {native, type NetNs, type RingBuffer} from './native.js';
+import {describeAcceleration, setAcceleration, wishNow, type AccelerationWish} from './loader/acceleration.js';
+import type {NetnsCookie, PairRequest} from './maps/schema.js';
+import {openNodeNetns, reopenNetns, type NetnsFile} from './pods/facts.js';
+import {joinPair} from './loader/pairs.js';
 import {reconcile, type Round} from './pods/reconcile.js';
 
 export interface AgentOptions {
@@ -32,12 +35,17 @@ export interface AgentOptions {
 	readonly nodeNetns?: string | undefined;
 	/** See {@link reconcile}. */
 	readonly resetOlder: boolean;
+	/** What it was before when left out; `auto` at first. */
+	readonly acceleration?: AccelerationWish | undefined;
 	readonly log: (line: string) => void;
 	readonly signal: AbortSignal;
 }
 
 /** A file that is replaced makes several events. */
 const SETTLE_MS = 20;
+/** How often, and how long apart, a pair with unread bytes is looked at again. */
+const UNREAD_RETRIES = 20;
+const UNREAD_RETRY_MS = 3;
 
 /**
 Runs until `signal` aborts. Capture stays in place then, as it does when the process dies.
@@ -61,6 +69,7 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 	let server: Awaited<ReturnType<typeof serveMetrics>>['server'] | undefined;
 	let watcher: FSWatcher | undefined;
 	let metrics: Metrics | undefined;
+	let requests: RingBuffer | undefined;
 	let last: Round | undefined;
 	let fileProblem: string | undefined;
 	const health = (): Health => {
@@ -82,7 +91,10 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 		const {maxPods} = options;
 		const loaded = load(lock, {cgroup, maxEntries: {pods: maxPods, pod_info: maxPods, counters: maxPods}});
 		datapath = loaded.datapath;
+		const wish = options.acceleration ?? (loaded.how === 'loaded' ? 'auto' : wishNow(datapath));
 		datapath.maps.node.set(0, {...datapath.maps.node.get(0)!, netns: nodeCookie(options)});
+		log(`acceleration is ${describeAcceleration(setAcceleration(datapath, wish))}`);
+		requests = listenForPairs(datapath, () => last?.namespaces);
 		metrics = new Metrics(datapath);
 		log(`programs ${loaded.how} at ${datapath.layout.current}, attached to ${cgroup}`);
 		const capacity = datapath.rawMaps.get('pods')!.info().maxEntries;
@@ -128,11 +140,33 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 		log('stopped; capture stays in place (`sidestep unload` takes it away)');
 	} finally {
 		watcher?.close();
+		requests?.close();
 		server?.close();
 		server?.closeAllConnections();
 		datapath?.close();
 		lock.release();
 	}
+}
+
+/** Joins each pair that the programs ask for. Ends with the handle; what is joined stays so. */
+function listenForPairs(datapath: Datapath, namespaces: () => ReadonlyMap<NetnsCookie, NetnsFile> | undefined): RingBuffer {
+	const codec = datapath.schema.codec<PairRequest>('request');
+	return native.openRingBuffer(datapath.rawMaps.get('requests')!, sample => {
+		const request = codec.decode(sample);
+		const open = (cookie: NetnsCookie) => {
+			const file = namespaces()?.get(cookie);
+			return file && reopenNetns(file);
+		};
+
+		const attempt = (left: number) => {
+			// In the middle of an exchange something is unread; a moment later it is not.
+			if (joinPair(datapath, request, open) === 'REASON_UNACCELERATED_UNREAD' && left > 0) {
+				setTimeout(attempt, UNREAD_RETRY_MS, left - 1).unref();
+			}
+		};
+
+		attempt(UNREAD_RETRIES);
+	}, {maxPerWakeup: 64});
 }
 
 function nodeCookie({nodeNetns, proc}: AgentOptions): bigint {

@@ -238,6 +238,12 @@ export interface NetNs {
 	*/
 	runIterator(program: BpfProgram): Uint8Array;
 	/**
+	BPF_PROG_TEST_RUN of a packet program (SEC tc) on a thread inside the namespace, which is then the one that its socket look-ups search.
+	@param data - the packet, 14 bytes at least.
+	@returns the program's return value, and the packet after the run.
+	*/
+	testRun(program: BpfProgram, data: Uint8Array): {readonly returnValue: number; readonly data: Uint8Array};
+	/**
 	SOCK_DESTROY (sock_diag; 4.5, CONFIG_INET_DIAG_DESTROY): the socket with exactly this local and remote address gets ECONNABORTED, its peer a reset. Addresses have 4
 	or 16 bytes, both the same; 4 bytes and their IPv4-mapped form name the same socket, of whichever family it is. Ports are in host order. EOPNOTSUPP when
 	the kernel cannot.
@@ -292,6 +298,16 @@ export interface Native {
 	/** Gives as many bytes as the kernel said. SO_ORIGINAL_DST is (0, 80) with 16 bytes, IPv6's is (41, 80) with 28. */
 	getsockopt(fd: number, level: number, name: number, length: number): Uint8Array;
 	setsockopt(fd: number, level: number, name: number, value: Uint8Array): void;
+	/** send(2) without waiting and without SIGPIPE; EAGAIN when there is no room. @returns how many bytes went. */
+	send(fd: number, bytes: Uint8Array): number;
+	/** recv(2) without waiting; EAGAIN when there is nothing. @returns what came; nothing at the stream's end. */
+	receive(fd: number, length: number): Uint8Array;
+	/** FIONREAD. */
+	unread(fd: number): number;
+	/** An epoll instance that watches one fd for EPOLLIN, edge-triggered. {@link closeFd} closes it. */
+	watchEdges(fd: number): number;
+	/** @returns whether there was an edge since the last call. */
+	waitEdge(watcher: number, timeoutMs: number): boolean;
 	/** poll(2) of one fd on the calling thread. @returns revents, 0 on time-out. */
 	poll(fd: number, events: number, timeoutMs: number): number;
 	closeFd(fd: number): void;

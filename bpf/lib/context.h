@@ -41,6 +41,7 @@
 #define ENETUNREACH 101
 #define ECONNREFUSED 111
 #define ENOENT 2
+#define EBUSY 16
 #define ENOMEM 12
 #define EBUSY 16
 #define EEXIST 17

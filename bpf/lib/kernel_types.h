@@ -19,6 +19,7 @@ struct cred {
 };
 
 struct file {
+	unsigned int f_flags;
 	const struct cred *f_cred;
 };
 
@@ -51,6 +52,9 @@ struct sock_common {
 	possible_net_t skc_net;
 	struct in6_addr skc_v6_daddr;
 	struct in6_addr skc_v6_rcv_saddr;
+	struct {
+		__s64 counter;
+	} skc_cookie;
 };
 
 typedef struct {
@@ -61,19 +65,27 @@ struct sock {
 	struct sock_common __sk_common;
 	socket_lock_t sk_lock;
 	struct socket *sk_socket;
+	void *sk_user_data;
 	__u32 sk_mark;
 };
 
 struct inet_sock {
+	struct sock sk;
 	int mc_index;
 };
 
 struct inet_connection_sock {
 	struct inet_sock icsk_inet;
+	const void *icsk_ulp_ops;
 };
 
 struct tcp_sock {
 	struct inet_connection_sock inet_conn;
+	__u32 rcv_nxt;
+	__u32 copied_seq;
+	__u32 write_seq;
+	__u32 snd_una;
+	__u32 snd_nxt;
 };
 
 struct ipv6_pinfo {
@@ -82,6 +94,20 @@ struct ipv6_pinfo {
 
 struct tcp6_sock {
 	struct ipv6_pinfo inet6;
+};
+
+struct list_head {
+	struct list_head *next;
+};
+
+struct sk_buff_head {
+	__u32 qlen;
+};
+
+/* What a socket in a sockmap has at sk_user_data. */
+struct sk_psock {
+	struct sk_buff_head ingress_skb;
+	struct list_head ingress_msg;
 };
 
 struct seq_file;

@@ -1,14 +1,16 @@
+import {setTimeout as sleep} from 'node:timers/promises';
 import {Argument, Command, CommanderError, InvalidArgumentError, Option} from 'commander';
 import {runAgent} from '../agent.js';
 import {AgentError, NotLoadedError, PodError, reasonOf} from '../errors.js';
 import {Datapath, PROGRAMS, openDatapath, unload} from '../loader/datapath.js';
 import {DEFAULT_BPFFS, isBpffs, requireCapabilities} from '../loader/host.js';
+import {describeAcceleration, setAcceleration, wishNow, type AccelerationWish} from '../loader/acceleration.js';
 import {isAgentRunning, takeWriterLock} from '../loader/lock.js';
 import {openObject, packageVersion} from '../loader/object.js';
 import {PinLayout} from '../loader/paths.js';
 import {checkHost} from '../loader/probes.js';
 import {canonicalAddress, isIpv4Address} from '../maps/address.js';
-import {MAP_NAMES, SOCKET_STORAGE, type MapName} from '../maps/schema.js';
+import {MAP_NAMES, UNWALKABLE, type MapName} from '../maps/schema.js';
 import {leaveNamespaces} from '../pods/reconcile.js';
 import {parseListenAddress} from '../metrics/server.js';
 import type {Environment} from './environment.js';
@@ -78,12 +80,13 @@ function createProgram({stdout, stderr, signal}: Environment, setCode: (code: nu
 		.addOption(cgroup())
 		.addOption(proc())
 		.addOption(new Option('--node-netns <file>', 'the node\'s own network namespace, whose probes pass (default: process 1\'s)').env('SIDESTEP_NODE_NETNS'))
+		.addOption(new Option('--acceleration <mode>', 'past the TCP stack (default: as before, at first auto)').choices(['off', 'auto', 'on']).env('SIDESTEP_ACCELERATION'))
 		.option('--reset-older', 'abort connections that are older than their pod\'s enrolment, as iptables would', false)
 		.addOption(new Option('--metrics-address <address:port>', 'where /metrics, /healthz and /readyz are served').env('SIDESTEP_METRICS_ADDRESS').default('127.0.0.1:9478'))
 		.option('--resync <ms>', 'compare with the kernel this often, although nothing changed', integer(100, 3_600_000), 10_000)
 		.option('--max-pods <number>', 'capacity of the maps, when they are made', integer(1, 1_000_000), 1024)
 		.addHelpText('after', '\nExample:\n  sidestep run --pods-file /etc/sidestep/pods.yaml\n\nSIGTERM and SIGINT stop the agent and leave capture in place.')
-		.action(async (options: {podsFile: string; bpffs: string; cgroup?: string; proc: string; metricsAddress: string; resync: number; maxPods: number; nodeNetns?: string; resetOlder: boolean}) => {
+		.action(async (options: {podsFile: string; bpffs: string; cgroup?: string; proc: string; metricsAddress: string; resync: number; maxPods: number; nodeNetns?: string; resetOlder: boolean; acceleration?: AccelerationWish}) => {
 			await runAgent({
 				podsFile: options.podsFile,
 				bpffs: options.bpffs,
@@ -94,6 +97,7 @@ function createProgram({stdout, stderr, signal}: Environment, setCode: (code: nu
 				maxPods: options.maxPods,
 				nodeNetns: options.nodeNetns,
 				resetOlder: options.resetOlder,
+				acceleration: options.acceleration,
 				log(line) {
 					stderr(`${new Date().toISOString()} ${line}\n`);
 				},
@@ -148,13 +152,21 @@ function createProgram({stdout, stderr, signal}: Environment, setCode: (code: nu
 			if (options.output === 'json') {
 				stdout(toJson(pods));
 			} else if (name === undefined) {
-				show('table', pods.map(({reasons: _, exempt: __, enrolledAt: ___, flags: ____, ...row}) => row), 'no pod is enrolled');
+				show('table', pods.map(({reasons: _, exempt: __, enrolledAt: ___, flags: ____, acceleration: _____, ...row}) => row), 'no pod is enrolled');
 			} else {
 				const {reasons, ...described} = pods[0]!;
 				const facts = {...described, missed: countMissed(datapath, name, options.proc) ?? 'unknown: needs root'};
 				stdout(Object.entries(facts).map(([key, value]) => `${key}: ${typeof value === 'object' ? JSON.stringify(value) : String(value)}\n`).join(''));
 				stdout(`\n${toTable(Object.entries(reasons).map(([reason, connections]) => ({reason, connections})), 'no counters')}`);
 			}
+		}));
+
+	program.command('acceleration')
+		.description('shows or sets whether bytes between sockets of this node go past the TCP stack')
+		.addArgument(new Argument('[mode]', 'for all pods that do not say otherwise').choices(['off', 'auto', 'on']))
+		.addOption(bpffs())
+		.action(async (mode: AccelerationWish | undefined, options: ReadOptions) => read(options, datapath => {
+			stdout(`${mode === undefined ? wishNow(datapath) : describeAcceleration(setAcceleration(datapath, mode))}\n`);
 		}));
 
 	program.command('sockets')
@@ -223,7 +235,7 @@ function createProgram({stdout, stderr, signal}: Environment, setCode: (code: nu
 		}));
 	map.command('dump')
 		.description('all entries of one map')
-		.addArgument(new Argument('<name>', 'the map').choices(MAP_NAMES.filter(name => !SOCKET_STORAGE.includes(name))))
+		.addArgument(new Argument('<name>', 'the map').choices(MAP_NAMES.filter(name => !UNWALKABLE.includes(name))))
 		.addOption(bpffs())
 		.addOption(outputOption())
 		.action(async (name: MapName, options: ReadOptions) => read(options, datapath => {
@@ -232,9 +244,10 @@ function createProgram({stdout, stderr, signal}: Environment, setCode: (code: nu
 
 	program.command('unload')
 		.description('take programs, maps and pins away: pods connect directly from then on')
+		.option('--drain', 'first wait until no accelerated connection is open; without it they are reset', false)
 		.addOption(proc())
 		.addOption(bpffs())
-		.action((options: {bpffs: string; proc: string}) => {
+		.action(async (options: {bpffs: string; proc: string; drain: boolean}) => {
 			requireCapabilities();
 			if (!isBpffs(options.bpffs)) {
 				stdout('nothing is loaded\n');
@@ -245,6 +258,12 @@ function createProgram({stdout, stderr, signal}: Environment, setCode: (code: nu
 			opened.object.close();
 			const lock = takeWriterLock(new PinLayout(options.bpffs, opened.schema.layoutVersion));
 			try {
+				if (options.drain && !await drain(options.bpffs)) {
+					stderr('sidestep: interrupted: nothing is unloaded, and acceleration stays off\n');
+					setCode(EXIT_FAILED);
+					return;
+				}
+
 				for (const problem of restoreLoaded(options)) {
 					stderr(`sidestep: ${problem.message}\n`);
 					if (problem instanceof PodError) {
@@ -259,9 +278,42 @@ function createProgram({stdout, stderr, signal}: Environment, setCode: (code: nu
 		});
 
 	return program;
+
+	/** @returns false when it was interrupted first. */
+	async function drain(directory: string): Promise<boolean> {
+		let datapath: Datapath;
+		try {
+			datapath = openDatapath(directory);
+		} catch (error) {
+			if (error instanceof NotLoadedError) {
+				return true;
+			}
+
+			throw error;
+		}
+
+		try {
+			setAcceleration(datapath, 'off');
+			for (let told = 0; ;) {
+				const left = datapath.rawMaps.get('accelerated')!.count();
+				if (left === 0 || signal.aborted) {
+					return left === 0;
+				}
+
+				if (left !== told) {
+					stderr(`${left} accelerated sockets are still open\n`);
+					told = left;
+				}
+
+				await sleep(200, undefined, {signal}).catch(() => {});
+			}
+		} finally {
+			datapath.close();
+		}
+	}
 }
 
-/** What was changed inside pods' namespaces; of what cannot be opened, nothing is known. */
+/** Accelerated connections are reset, and what was changed inside pods' namespaces is undone; of what cannot be opened, nothing is known. */
 function restoreLoaded({bpffs, proc}: {readonly bpffs: string; readonly proc: string}): readonly Error[] {
 	let datapath: Datapath;
 	try {

@@ -1,7 +1,7 @@
 /** What the reading commands show; all of it comes from the kernel: pins, and the pods' own namespaces. */
 import {AgentError, hasErrno} from '../errors.js';
 import type {CgroupProgramName, Datapath} from '../loader/datapath.js';
-import {SOCKET_STORAGE, reasonName, sumCounters, type Flow, type MapName, type NetnsCookie, type PodInfo, type PodValue, type Question, type Target} from '../maps/schema.js';
+import {UNWALKABLE, reasonName, sumCounters, sumTraffic, type Flow, type MapName, type NetnsCookie, type PodInfo, type PodValue, type Question, type Target} from '../maps/schema.js';
 import {findNetns} from '../pods/facts.js';
 import {readSockets, resetMissed, type PodSocket} from '../pods/sockets.js';
 import type {Row} from './format.js';
@@ -72,6 +72,7 @@ export function describePods(datapath: Datapath) {
 				cgroups: ids('EXEMPT_CGROUP').map(String),
 				interfaces: ids('EXEMPT_INTERFACE').map(Number),
 			},
+			acceleration: sumTraffic(schema, maps.traffic.getAll(netns) ?? []),
 			flags: flagNames(datapath, 'pods', pod.flags),
 			reasons: Object.fromEntries(reasons),
 		};
@@ -85,7 +86,7 @@ function showTarget({address, port}: Target): string {
 export function listMaps(datapath: Datapath): readonly Row[] {
 	return [...datapath.rawMaps].map(([name, map]) => {
 		const {id, type, keySize, valueSize, maxEntries} = map.info();
-		const walkable = !SOCKET_STORAGE.includes(name);
+		const walkable = !UNWALKABLE.includes(name);
 		return {name, id, type: MAP_TYPES[type] ?? String(type), keyBytes: keySize, valueBytes: valueSize, entries: walkable ? map.count() : undefined, capacity: walkable ? maxEntries : undefined};
 	});
 }
@@ -179,7 +180,7 @@ export function podSockets(datapath: Datapath, {info}: EnrolledPod, options: {re
 
 	try {
 		const sockets = readSockets(datapath, netns).filter(({isMissed}) => isMissed || !options.onlyMissed);
-		return {rows: sockets.map(socket => socketRow(info.name, socket)), reset: options.reset ? resetMissed(sockets, netns) : 0};
+		return {rows: sockets.map(socket => socketRow(datapath.schema, info.name, socket)), reset: options.reset ? resetMissed(sockets, netns) : 0};
 	} finally {
 		netns.close();
 	}
@@ -198,7 +199,7 @@ export function countMissed(datapath: Datapath, name: string, proc: string): num
 	}
 }
 
-function socketRow(pod: string, {record, direction, state, reason, isCaptured, isMissed}: PodSocket): Row {
+function socketRow({tcpReasons}: Datapath['schema'], pod: string, {record, direction, state, reason, isCaptured, isMissed}: PodSocket): Row {
 	const end = (address: string, port: number) => address.includes(':') || address === '' ? `[${address || '::'}]:${port}` : `${address}:${port}`;
 	return {
 		pod,
@@ -207,6 +208,10 @@ function socketRow(pod: string, {record, direction, state, reason, isCaptured, i
 		local: end(record.local, record.localPort),
 		remote: direction === 'listen' ? '-' : end(record.remote, record.remotePort),
 		original: isCaptured ? end(record.original, record.originalPort) : '-',
+		accelerated: record.accelerated === 0 ? 'no' : record.onTcp === 0 ? 'yes' : tcpReasons[record.onTcp - 1],
+		redirectedBytes: record.redirectedBytes,
+		passedBytes: record.passedBytes,
+		fallbacks: record.fallbacks,
 		captured: isCaptured ? 'yes' : isMissed ? 'MISSED' : 'no',
 		now: reason || '-',
 		uid: record.uid,

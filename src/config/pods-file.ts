@@ -66,7 +66,7 @@ export function parsePodsFile(text: string, file: string): readonly PodSpec[] {
 }
 
 function parsePod(reader: Reader): PodSpec {
-	const pod = reader.object(['name', 'netns', 'pid', 'ips', 'mode', 'proxy', 'exempt', 'dns', 'labels', 'annotations', 'namespaceLabels']);
+	const pod = reader.object(['name', 'netns', 'pid', 'ips', 'mode', 'proxy', 'exempt', 'acceleration', 'dns', 'labels', 'annotations', 'namespaceLabels']);
 	const name = pod.get('name').text();
 	if (Buffer.byteLength(name) > NAME_MAX_BYTES || !/^[\w.:/-]+$/.test(name)) {
 		pod.get('name').refuse(`expected letters, digits and any of . : / _ -, at most ${NAME_MAX_BYTES} of them`);
@@ -82,11 +82,13 @@ function parsePod(reader: Reader): PodSpec {
 		pod.get(stranger).refuse(`has no meaning in mode ${mode}`);
 	}
 
+	const acceleration = pod.has('acceleration') ? pod.get('acceleration').oneOf(['off', 'auto', 'on'] as const) : 'auto';
+	const wish: Wish = mode === 'proxy' ? {capture: parseProxyCapture(pod), warnings: []} : wishOf(mode, name, pod);
 	return {
 		name,
 		...(pod.has('netns') ? {netns: pod.get('netns').absolutePath()} : {pid: pod.get('pid').integer(1, 4_194_304)}),
 		...(pod.has('ips') ? {ips: addressPerFamily(pod.get('ips'))} : {}),
-		wish: mode === 'proxy' ? {capture: parseProxyCapture(pod), warnings: []} : wishOf(mode, name, pod),
+		wish: 'capture' in wish ? {...wish, capture: {...wish.capture, acceleration}} : wish,
 	};
 }
 

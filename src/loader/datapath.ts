@@ -21,8 +21,12 @@ export const CGROUP_PROGRAMS = [
 ] as const;
 export type CgroupProgramName = typeof CGROUP_PROGRAMS[number];
 
-/** `inbound` is attached to pods' namespaces, one by one; the others are attached nowhere, and run when somebody asks. */
-export const PROGRAMS = [...CGROUP_PROGRAMS, 'inbound', 'find_listeners', 'sockets', 'explain'] as const;
+/** Attached to the map `accelerated`, as whose part they live; with their `enum bpf_attach_type`, which a pin does not tell. */
+export const MAP_PROGRAMS = {move_bytes: 7, one_queue: 5} as const;
+const MAP_PROGRAM_NAMES = Object.keys(MAP_PROGRAMS) as ReadonlyArray<keyof typeof MAP_PROGRAMS>;
+
+/** `inbound` is attached to pods' namespaces, one by one; the last are attached nowhere, and run when somebody asks. */
+export const PROGRAMS = [...CGROUP_PROGRAMS, ...MAP_PROGRAM_NAMES, 'inbound', 'find_listeners', 'sockets', 'pair', 'explain'] as const;
 export type ProgramName = typeof PROGRAMS[number];
 
 /** enum bpf_attach_type; a program that was opened from its pin does not know its own. */
@@ -168,6 +172,7 @@ function loadFresh(layout: PinLayout, {object, schema, sha256}: OpenedObject, op
 
 		step('programs pinned');
 		writeBuild(datapath.maps, schema, sha256);
+		attachToMap(datapath);
 		for (const name of CGROUP_PROGRAMS) {
 			const link = datapath.programs.get(name)!.attachCgroup(options.cgroup);
 			links.set(name, link);
@@ -228,6 +233,8 @@ function adopt(layout: PinLayout, opened: OpenedObject, options: LoadOptions, st
 			programs.set(name, program);
 			if (name === 'inbound') {
 				switchPods(layout, program);
+			} else if (name === 'move_bytes' || name === 'one_queue') {
+				program.attachMapLegacy(datapath.rawMaps.get('accelerated')!, MAP_PROGRAMS[name]);
 			} else if (isCgroupProgram(name) && gone.includes(name)) {
 				// Its cgroup was removed, and the kernel detached it.
 				links.get(name)!.close();
@@ -258,6 +265,13 @@ function adopt(layout: PinLayout, opened: OpenedObject, options: LoadOptions, st
 
 function isCgroupProgram(name: ProgramName): name is CgroupProgramName {
 	return (CGROUP_PROGRAMS as readonly ProgramName[]).includes(name);
+}
+
+/** Not by a link, which kernels before 6.10 do not have: they stay with the map, and a newer program takes the place of an older. */
+function attachToMap({programs, rawMaps}: Datapath): void {
+	for (const name of MAP_PROGRAM_NAMES) {
+		programs.get(name)!.attachMapLegacy(rawMaps.get('accelerated')!, MAP_PROGRAMS[name]);
+	}
 }
 
 function podLinks(root: string): readonly NetnsCookie[] {

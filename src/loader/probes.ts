@@ -6,6 +6,7 @@ import {HostError, hasErrno, reasonOf} from '../errors.js';
 import {addressFromBytes, addressToBytes} from '../maps/address.js';
 import {MAP_NAMES, type MapName, type Target} from '../maps/schema.js';
 import {native, type BpfLink, type BpfMap} from '../native.js';
+import {probeAcceleration} from './acceleration-probe.js';
 import {CGROUP_PROGRAMS, PROGRAMS} from './datapath.js';
 import {findCgroup2, isBpffs, missingCapabilities, ownCgroup, resolveCgroup} from './host.js';
 import {openObject} from './object.js';
@@ -62,6 +63,13 @@ export function checkHost(options: {readonly bpffs: string; readonly cgroup?: st
 		}
 	});
 	findings.push(...selfTest());
+	probe('acceleration', () => {
+		const {oneQueue, findings: tried} = probeAcceleration();
+		const failures = tried.filter(({failure}) => failure !== undefined).map(({name, failure}) => `${name} (${failure})`);
+		return oneQueue === undefined
+			? {state: 'degraded', detail: `auto stays off: ${failures.join('; ')}`}
+			: {state: 'ok', detail: `${tried.length} probes passed${oneQueue ? '' : ', with two queues'}`};
+	});
 	probe('run statistics', () => {
 		const path = '/proc/sys/kernel/bpf_stats_enabled';
 		return existsSync(path) && readFileSync(path, 'utf8').trim() === '1'

@@ -91,6 +91,55 @@ export interface NodeValue {
 	readonly netns: NetnsCookie;
 	/** Inbound SYNs refused because they came to an address that no pod is known by. */
 	readonly unknownAddresses: bigint;
+	/** enum acceleration. */
+	readonly acceleration: string;
+}
+
+/** struct request. */
+export interface PairRequest {
+	readonly netns: NetnsCookie;
+	/** 0 is none. */
+	readonly peerNetns: NetnsCookie;
+	readonly local: string;
+	readonly remote: string;
+	readonly localPort: number;
+	readonly remotePort: number;
+}
+
+export interface PairEnd {
+	/** 0: not looked for yet. */
+	readonly cookie: bigint;
+	readonly sock: bigint;
+	readonly sndUna: number;
+	readonly sndNxt: number;
+	readonly rcvNxt: number;
+}
+
+/** struct pairing. */
+export interface Pairing {
+	readonly request: PairRequest;
+	readonly client: PairEnd;
+	readonly server: PairEnd;
+	/** PAIR_… bits. */
+	readonly here: number;
+	/** enum reason. */
+	readonly outcome: string;
+}
+
+export interface Volume {
+	readonly bytes: bigint;
+	readonly messages: bigint;
+}
+
+export interface Direction {
+	readonly redirected: Volume;
+	/** By enum tcp_reason. */
+	readonly passed: readonly Volume[];
+}
+
+export interface Traffic {
+	readonly sentByClient: Direction;
+	readonly sentByServer: Direction;
 }
 
 export interface ExemptionKey {
@@ -167,6 +216,12 @@ export interface SocketRecord {
 	readonly ipv6Socket: number;
 	readonly original: string;
 	readonly originalPort: number;
+	readonly accelerated: number;
+	/** 0: its messages are redirected; else 1 + enum tcp_reason of the last. */
+	readonly onTcp: number;
+	readonly redirectedBytes: bigint;
+	readonly passedBytes: bigint;
+	readonly fallbacks: bigint;
 }
 
 export interface BuildRecord {
@@ -189,6 +244,11 @@ export const POD_INBOUND = 128;
 export const POD_INBOUND_ALL = 256;
 export const POD_PASS_NODE = 512;
 export const POD_KEEP_SOURCE = 1024;
+export const POD_ACCELERATE = 2048;
+export const POD_ACCELERATE_ALWAYS = 4096;
+
+export const PAIR_CLIENT = 1;
+export const PAIR_SERVER = 2;
 
 export const PREFIX_LOCAL = 1;
 export const PREFIX_NOT_UNICAST = 2;
@@ -220,12 +280,12 @@ export const ROLE_PROXY = 2;
 /** Every map that is pinned. */
 export const MAP_NAMES = [
 	'pods', 'pod_info', 'counters', 'prefixes', 'ports', 'exemptions', 'addresses', 'passes', 'listeners', 'listener_slots', 'client_ports', 'handshakes', 'original_dsts',
-	'node', 'build',
+	'accelerated', 'acceleration_of', 'traffic', 'requests', 'node', 'build',
 ] as const;
 export type MapName = typeof MAP_NAMES[number];
 
-/** Socket storage has no entries that user space could walk. */
-export const SOCKET_STORAGE: readonly MapName[] = ['original_dsts', 'listener_slots'];
+/** Socket storage and ring buffers have no entries that user space could walk. */
+export const UNWALKABLE: readonly MapName[] = ['original_dsts', 'listener_slots', 'acceleration_of', 'requests'];
 
 export interface Maps {
 	readonly pods: TypedMap<NetnsCookie, PodValue>;
@@ -237,6 +297,7 @@ export interface Maps {
 	readonly addresses: TypedMap<AddressKey, NetnsCookie>;
 	readonly passes: TypedMap<PassKey, PassValue>;
 	readonly handshakes: TypedMap<HandshakeKey, OriginalDst>;
+	readonly traffic: PerCpuMap<NetnsCookie, Traffic>;
 	readonly node: TypedMap<number, NodeValue>;
 	readonly build: TypedMap<number, BuildRecord>;
 }
@@ -252,10 +313,13 @@ export class Schema {
 	/** enum reason, in the order of struct counters, as `redirected`, `bypass_mark`, …. */
 	readonly reasons: readonly string[];
 	readonly layoutVersion: number;
+	/** enum tcp_reason, in the order of struct direction, as `large`, `full`, …. */
+	readonly tcpReasons: readonly string[];
 
 	constructor(btf: Uint8Array) {
 		this.btf = new Btf(btf);
 		this.layoutVersion = this.btf.enum('layout').get('LAYOUT_VERSION')!;
+		this.tcpReasons = [...this.btf.enum('tcp_reason')].sort(([, a], [, b]) => a - b).map(([name]) => name.replace(/^TCP_/, '').toLowerCase()).slice(0, -1);
 		this.reasons = [...this.btf.enum('reason')]
 			.filter(([name]) => name !== 'REASONS')
 			.sort(([, a], [, b]) => a - b)
@@ -264,6 +328,10 @@ export class Schema {
 
 	/** Bytes of a map's key and value. */
 	sizes(name: MapName): {readonly key: number; readonly value: number} {
+		if (name === 'requests') {
+			return {key: 0, value: 0};
+		}
+
 		const {key, value} = this.#types(name);
 		return {key: this.btf.size(key), value: this.btf.size(value)};
 	}
@@ -276,6 +344,7 @@ export class Schema {
 	/** @param open - gives the raw map of a name. */
 	maps(open: (name: MapName) => BpfMap): Maps {
 		const counters = this.#types('counters');
+		const traffic = this.#types('traffic');
 		return {
 			pods: this.typed('pods', open('pods')),
 			podInfo: this.typed('pod_info', open('pod_info')),
@@ -284,6 +353,7 @@ export class Schema {
 			ports: this.typed('ports', open('ports')),
 			addresses: this.typed('addresses', open('addresses')),
 			passes: this.typed('passes', open('passes')),
+			traffic: new PerCpuMap('traffic', open('traffic'), createCodec<NetnsCookie>(this.btf, traffic.key), createCodec<Traffic>(this.btf, traffic.value)),
 			node: this.typed('node', open('node')),
 			exemptions: this.typed('exemptions', open('exemptions')),
 			handshakes: this.typed('handshakes', open('handshakes')),
@@ -304,6 +374,23 @@ export class Schema {
 
 		return types;
 	}
+}
+
+/** A pod's traffic, summed over the CPUs: by direction, redirected, and passed by reason. */
+export function sumTraffic(schema: Schema, perCpu: readonly Traffic[]) {
+	const sum = (pick: (traffic: Traffic) => Volume) => perCpu.map(pick).reduce((total, {bytes, messages}) => ({bytes: total.bytes + bytes, messages: total.messages + messages}), {bytes: 0n, messages: 0n});
+	const direction = (pick: (traffic: Traffic) => Direction) => ({
+		redirected: sum(traffic => pick(traffic).redirected),
+		passed: Object.fromEntries(schema.tcpReasons.map((reason, index) => [reason, sum(traffic => pick(traffic).passed[index]!)])),
+	});
+	const sentByClient = direction(traffic => traffic.sentByClient);
+	const sentByServer = direction(traffic => traffic.sentByServer);
+	return {
+		redirectedBytes: sentByClient.redirected.bytes + sentByServer.redirected.bytes,
+		redirectedMessages: sentByClient.redirected.messages + sentByServer.redirected.messages,
+		sentByClient,
+		sentByServer,
+	};
 }
 
 /** A pod's counters, summed over the CPUs, by reason. */

@@ -4,7 +4,7 @@ What the agent tells Prometheus. Everything of the datapath is read from the ker
 import {Counter, Gauge, Registry} from 'prom-client';
 import type {Datapath} from '../loader/datapath.js';
 import {packageVersion} from '../loader/object.js';
-import {SOCKET_STORAGE, sumCounters} from '../maps/schema.js';
+import {UNWALKABLE, sumCounters, sumTraffic} from '../maps/schema.js';
 import type {Round} from '../pods/reconcile.js';
 
 /** The families that reasons are told apart by: how a reason begins; where there are several, the label that the rest of it goes to. */
@@ -22,6 +22,8 @@ const FAMILIES: ReadonlyArray<readonly [prefix: string, name: string, help: stri
 	['listener_lost', 'sidestep_listeners_lost_total', 'Listeners of the proxy that the map listeners had no room for'],
 	['listener_unsteerable', 'sidestep_listeners_unsteerable_total', 'Listeners of the proxy that connections cannot be given to (MPTCP)'],
 	['source_kept', 'sidestep_sources_kept_total', 'Connections that the proxy made to the pod under a client\'s address'],
+	['accelerated', 'sidestep_accelerated_pairs_total', 'Chatty local connections whose bytes go past the TCP stack from then on'],
+	['unaccelerated_', 'sidestep_unaccelerated_pairs_total', 'Chatty local connections that stay on TCP, by why', 'reason'],
 	['source_port_left', 'sidestep_source_ports_left_total', 'Sockets of those whose port was left to the kernel because none was known to be free'],
 ];
 
@@ -58,6 +60,26 @@ export class Metrics {
 			});
 		}
 
+		for (const [unit, help] of [['bytes', 'Bytes'], ['messages', 'Messages']] as const) {
+			new Counter({
+				name: `sidestep_acceleration_${unit}_total`, help: `${help} of accelerated pairs, by which end sent them: redirected, or by TCP for a reason`,
+				labelNames: ['pod', 'sender', 'way'], registers: [registry],
+				collect() {
+					this.reset();
+					const names = new Map(maps.podInfo.entries().map(([cookie, info]) => [cookie, info.name]));
+					for (const [cookie, perCpu] of maps.traffic.entriesPerCpu()) {
+						const pod = names.get(cookie);
+						const {sentByClient, sentByServer} = sumTraffic(schema, perCpu);
+						for (const [sender, {redirected, passed}] of pod === undefined ? [] : [['client', sentByClient], ['server', sentByServer]] as const) {
+							for (const [way, volume] of Object.entries({redirected, ...passed})) {
+								this.inc({pod: pod!, sender, way}, Number(volume[unit]));
+							}
+						}
+					}
+				},
+			});
+		}
+
 		new Counter({
 			name: 'sidestep_unknown_address_refusals_total', help: 'Inbound SYNs refused because they came to an address that no pod is known by', registers: [registry],
 			collect() {
@@ -69,7 +91,7 @@ export class Metrics {
 			name: 'sidestep_map_entries', help: 'Entries in a map', labelNames: ['map'], registers: [registry],
 			collect() {
 				for (const [map, raw] of rawMaps) {
-					if (!SOCKET_STORAGE.includes(map)) {
+					if (!UNWALKABLE.includes(map)) {
 						this.set({map}, raw.count());
 					}
 				}
@@ -77,7 +99,7 @@ export class Metrics {
 		});
 		const capacity = new Gauge({name: 'sidestep_map_capacity', help: 'Entries that a map has room for', labelNames: ['map'], registers: [registry]});
 		for (const [map, raw] of rawMaps) {
-			if (!SOCKET_STORAGE.includes(map)) {
+			if (!UNWALKABLE.includes(map)) {
 				capacity.set({map}, raw.info().maxEntries);
 			}
 		}

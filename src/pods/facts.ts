@@ -20,11 +20,36 @@ const NETNS_DIRECTORY = '/run/netns';
 /** As many levels as `exempt_cgroup_levels` in struct pod has bits. */
 const CGROUP_LEVELS = 32;
 
+/** A namespace's name, and its identity while it had that name. */
+export interface NetnsFile {
+	readonly path: string;
+	readonly device: bigint;
+	readonly inode: bigint;
+}
+
+/** @returns undefined when it is gone, or the name is another's by now. */
+export function reopenNetns({path, device, inode}: NetnsFile): NetNs | undefined {
+	let netns: NetNs;
+	try {
+		netns = native.openNetns(path);
+	} catch {
+		return undefined;
+	}
+
+	if (netns.device === device && netns.inode === inode) {
+		return netns;
+	}
+
+	netns.close();
+	return undefined;
+}
+
 /** A pod with its namespace held open. Close soon: held any longer, it would keep the namespace of a dead pod alive. */
 export interface OpenedPod {
 	readonly spec: PodSpec;
 	readonly capture: Capture;
 	readonly netns: NetNs;
+	readonly file: NetnsFile;
 	readonly facts: PodFacts;
 }
 
@@ -37,7 +62,7 @@ export function openPod(spec: PodSpec, capture: Capture, proc: string): OpenedPo
 	const netns = openNetns(spec, file);
 	try {
 		refuseHost(spec, netns, proc);
-		return {spec, capture, netns, facts: readFacts(spec, capture, netns)};
+		return {spec, capture, netns, file: {path: file, device: netns.device, inode: netns.inode}, facts: readFacts(spec, capture, netns)};
 	} catch (error) {
 		netns.close();
 		throw error;

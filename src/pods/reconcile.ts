@@ -8,9 +8,9 @@ import {POD_INBOUND, POD_KEEP_SOURCE, type AddressKey, type NetnsCookie, type Po
 import {applyChange, readKernelState} from '../redirect/apply.js';
 import {plan, type Change} from '../redirect/plan.js';
 import {compilePolicy, type PodPolicy} from '../redirect/policy.js';
-import {findNetns, openPod, type OpenedPod} from './facts.js';
+import {findNetns, openPod, type NetnsFile, type OpenedPod} from './facts.js';
 import {KEEPS_SOURCES, prepareNamespace, restoreNamespace} from './namespace.js';
-import {readSockets, resetKeptSources, resetMissed} from './sockets.js';
+import {readSockets, resetAccelerated, resetKeptSources, resetMissed} from './sockets.js';
 
 export interface Round {
 	/** Names of the pods that are enrolled as they should be. */
@@ -21,6 +21,8 @@ export interface Round {
 	readonly changes: readonly string[];
 	/** What is not as one might expect, and no failure. */
 	readonly notes: readonly string[];
+	/** Where the enrolled pods' namespaces are. */
+	readonly namespaces: ReadonlyMap<NetnsCookie, NetnsFile>;
 }
 
 export interface RoundOptions {
@@ -84,7 +86,7 @@ class Turn {
 			}
 		}
 
-		return {enrolled: wanted.map(({policy}) => policy.info.name).filter(name => !this.failures.has(name)), failures: this.failures, changes: this.#changes, notes: this.#notes};
+		return {enrolled: wanted.map(({policy}) => policy.info.name).filter(name => !this.failures.has(name)), failures: this.failures, changes: this.#changes, notes: this.#notes, namespaces: new Map(wanted.map(({policy, pod}) => [policy.cookie, pod.file]))};
 	}
 
 	/** Its namespace is gone, and not only not to be read. */
@@ -195,7 +197,7 @@ class Turn {
 }
 
 /**
-For `sidestep unload`: leaves every captured pod's namespace as it was.
+For `sidestep unload`: aborts the accelerated connections of every captured pod, and leaves its namespace as it was.
 
 @returns what could not be done.
 */
@@ -207,7 +209,7 @@ export function leaveNamespaces(datapath: Datapath, proc: string): readonly PodE
 
 	return datapath.maps.podInfo.entries().flatMap(([, info]) => {
 		try {
-			leaveNamespace(datapath, info, proc);
+			leaveNamespace(datapath, info, proc, true);
 			return [];
 		} catch (error) {
 			return [new PodError(info.name, `not everything in its namespace could be taken back (${reasonOf(error)})`, {cause: error})];
@@ -216,12 +218,17 @@ export function leaveNamespaces(datapath: Datapath, proc: string): readonly PodE
 }
 
 /** Does nothing when the namespace is not found: it is about to end. */
-function leaveNamespace(datapath: Datapath, {netnsDevice, netnsInode, namespaceChanges}: PodInfo, proc: string): void {
-	const netns = namespaceChanges === 0 ? undefined : findNetns(proc, {device: netnsDevice, inode: netnsInode});
+function leaveNamespace(datapath: Datapath, {netnsDevice, netnsInode, namespaceChanges}: PodInfo, proc: string, isUnload = false): void {
+	const netns = namespaceChanges === 0 && !isUnload ? undefined : findNetns(proc, {device: netnsDevice, inode: netnsInode});
 	try {
 		if (netns) {
+			const sockets = readSockets(datapath, netns);
+			if (isUnload) {
+				resetAccelerated(sockets, netns);
+			}
+
 			if (namespaceChanges & KEEPS_SOURCES) {
-				resetKeptSources(readSockets(datapath, netns), netns);
+				resetKeptSources(sockets, netns);
 			}
 
 			restoreNamespace(namespaceChanges, netns, proc);

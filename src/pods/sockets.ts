@@ -44,16 +44,29 @@ Aborts IPv6 connections that the proxy made under clients' addresses, both ends:
 as they are tied to lo.
 */
 export function resetKeptSources(sockets: readonly PodSocket[], netns: NetNs): void {
-	for (const {record: {local, remote, localPort, remotePort, mark}, direction} of sockets) {
-		if (direction !== 'listen' && local.includes(':') && (mark & KEPT_SOURCE_MASK) === KEPT_SOURCE_MARK) {
-			netns.destroyTcpSocket({address: addressToBytes(local), port: localPort}, {address: addressToBytes(remote), port: remotePort}, LOOPBACK_INTERFACE);
+	for (const {record, direction} of sockets) {
+		if (direction !== 'listen' && record.local.includes(':') && (record.mark & KEPT_SOURCE_MASK) === KEPT_SOURCE_MARK) {
+			abort(record, netns);
 		}
 	}
 }
 
-/** Aborts those that are missed, as iptables rules do to connections that are older than they. @returns how many. */
-export function resetMissed(sockets: readonly PodSocket[], netns: NetNs): number {
-	return sockets.filter(({isMissed}) => isMissed).filter(({record: {local, remote, localPort, remotePort}}) =>
-		netns.destroyTcpSocket({address: addressToBytes(local), port: localPort}, {address: addressToBytes(remote), port: remotePort})).length;
+/**
+Aborts those that are accelerated: without the programs, what they have not read yet would be lost without a word.
+
+@returns how many.
+*/
+export function resetAccelerated(sockets: readonly PodSocket[], netns: NetNs): number {
+	return sockets.filter(({record}) => record.accelerated === 1 && abort(record, netns)).length;
 }
 
+/** Aborts those that are missed, as iptables rules do to connections that are older than they. @returns how many. */
+export function resetMissed(sockets: readonly PodSocket[], netns: NetNs): number {
+	return sockets.filter(({isMissed, record}) => isMissed && abort(record, netns)).length;
+}
+
+/** The proxy's connections under clients' addresses are tied to lo. */
+function abort({local, remote, localPort, remotePort}: SocketRecord, netns: NetNs): boolean {
+	const ends = [{address: addressToBytes(local), port: localPort}, {address: addressToBytes(remote), port: remotePort}] as const;
+	return netns.destroyTcpSocket(...ends) || netns.destroyTcpSocket(...ends, LOOPBACK_INTERFACE);
+}

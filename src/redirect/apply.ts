@@ -2,7 +2,7 @@
 Carries a plan out on the kernel's maps.
 */
 import type {Datapath} from '../loader/datapath.js';
-import type {Counters, Maps} from '../maps/schema.js';
+import type {Counters, Maps, Traffic} from '../maps/schema.js';
 import type {Change, KernelState, Step} from './plan.js';
 
 export function readKernelState({pods, podInfo, counters, prefixes, ports, exemptions, addresses}: Maps): KernelState {
@@ -23,7 +23,9 @@ Does one change, wholly or not at all.
 @throws MapFullError, or the kernel's error, after the steps done so far were undone.
 */
 export function applyChange({maps, schema}: Pick<Datapath, 'maps' | 'schema'>, change: Change, nowMs = Date.now()): void {
-	const zero: Counters = {count: schema.reasons.map(() => 0n)};
+	const none = {bytes: 0n, messages: 0n};
+	const direction = {redirected: none, passed: schema.tcpReasons.map(() => none)};
+	const zero: Zero = {counters: {count: schema.reasons.map(() => 0n)}, traffic: {sentByClient: direction, sentByServer: direction}};
 	const undo: Array<() => void> = [];
 	try {
 		for (const step of change.steps) {
@@ -38,8 +40,13 @@ export function applyChange({maps, schema}: Pick<Datapath, 'maps' | 'schema'>, c
 	}
 }
 
+interface Zero {
+	readonly counters: Counters;
+	readonly traffic: Traffic;
+}
+
 /** @returns what undoes it. */
-function applyStep(maps: Maps, step: Step, zero: Counters, nowMs: number): () => void {
+function applyStep(maps: Maps, step: Step, zero: Zero, nowMs: number): () => void {
 	switch (step.do) {
 		case 'put prefix': {
 			maps.prefixes.set(step.key, step.value);
@@ -61,8 +68,18 @@ function applyStep(maps: Maps, step: Step, zero: Counters, nowMs: number): () =>
 		}
 
 		case 'put counters': {
-			maps.counters.set(step.cookie, zero);
-			return () => maps.counters.delete(step.cookie);
+			maps.counters.set(step.cookie, zero.counters);
+			try {
+				maps.traffic.set(step.cookie, zero.traffic);
+			} catch (error) {
+				maps.counters.delete(step.cookie);
+				throw error;
+			}
+
+			return () => {
+				maps.counters.delete(step.cookie);
+				maps.traffic.delete(step.cookie);
+			};
 		}
 
 		case 'put info': {
@@ -86,7 +103,11 @@ function applyStep(maps: Maps, step: Step, zero: Counters, nowMs: number): () =>
 
 		case 'delete counters': {
 			maps.counters.delete(step.cookie);
-			return () => maps.counters.set(step.cookie, zero);
+			maps.traffic.delete(step.cookie);
+			return () => {
+				maps.counters.set(step.cookie, zero.counters);
+				maps.traffic.set(step.cookie, zero.traffic);
+			};
 		}
 
 		case 'delete prefix': {

@@ -33,6 +33,8 @@ export interface Capture {
 	/** The proxy binds the client's address towards the application: its replies have to come back over lo. */
 	readonly keepSource: boolean;
 	readonly excludeInterfaces: readonly string[];
+	/** Whether bytes between the pod's sockets and others of the node may go past the TCP stack; `on` also where the probes were not content. */
+	readonly acceleration?: 'off' | 'auto' | 'on';
 	/** Sidecar only: whose sockets are the proxy's. */
 	readonly proxy?: {readonly uid: number; readonly gid: number};
 }

@@ -4,7 +4,7 @@ What the kernel's maps should hold for one pod. Pure: no I/O, no clock.
 import {PodError} from '../errors.js';
 import {NO_ADDRESS} from '../maps/address.js';
 import {
-	MARKS_MAX, POD_EXEMPT_GIDS, POD_EXEMPT_INTERFACES, POD_EXEMPT_UIDS, POD_INBOUND, POD_INBOUND_ALL, POD_INCLUDE_ALL, POD_INCLUDE_LOOPBACK, POD_KEEP_SOURCE, POD_PASS_NODE,
+	MARKS_MAX, POD_ACCELERATE, POD_ACCELERATE_ALWAYS, POD_EXEMPT_GIDS, POD_EXEMPT_INTERFACES, POD_EXEMPT_UIDS, POD_INBOUND, POD_INBOUND_ALL, POD_INCLUDE_ALL, POD_INCLUDE_LOOPBACK, POD_KEEP_SOURCE, POD_PASS_NODE,
 	POD_PORTS, POD_SIDECAR, PORT_INBOUND_EXCLUDED, PORT_INBOUND_INCLUDED, PORT_OUTBOUND_EXCLUDED, PORT_OUTBOUND_INCLUDED, PREFIX_EXCLUDED, PREFIX_INCLUDED, PREFIX_INTERFACE,
 	PREFIX_LOCAL, PREFIX_LOCALHOST, PREFIX_NOT_UNICAST, type AddressKey, type ExemptionKey, type NetnsCookie, type PodInfo, type PodValue, type PortKey, type PortValue, type Target,
 } from '../maps/schema.js';
@@ -138,6 +138,8 @@ function flagsOf(capture: Capture, hasInterfaces: boolean, hasPorts: boolean): n
 		[inbound?.includePorts === '*', POD_INBOUND_ALL],
 		[inbound?.passNode === true, POD_PASS_NODE],
 		[keepSource, POD_KEEP_SOURCE],
+		[capture.acceleration !== 'off', POD_ACCELERATE],
+		[capture.acceleration === 'on', POD_ACCELERATE_ALWAYS],
 	];
 	return flags.reduce((all, [holds, flag]) => holds ? all | flag : all, 0);
 }

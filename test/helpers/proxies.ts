@@ -13,7 +13,7 @@ function file(pod: Pod, name: string, text: string): string {
 	return full;
 }
 
-async function listening(pod: Pod, port: number, running: Running): Promise<void> {
+export async function listening(pod: Pod, port: number, running: Running): Promise<void> {
 	await eventually(`port ${port} is listened on\n${running.stderr}`, () => {
 		if (running.hasEnded) {
 			throw new Error(`${running.title} ended: ${running.stderr}${running.stdout}`);

@@ -14,7 +14,7 @@ const ROOT = fileURLToPath(new URL('../../../', import.meta.url));
 const PREFIX = 'sst';
 /** The helper programs; each world has copies that other users can run, as the tree itself may be closed to them. */
 const BIN = path.join(ROOT, 'build/test');
-const PROGRAMS = ['in', 'client', 'server', 'proxy', 'ztunnel', 'dns', 'dnsserver', 'flows', 'acceptor', 'connector'] as const;
+const PROGRAMS = ['in', 'client', 'server', 'proxy', 'ztunnel', 'dns', 'dnsserver', 'flows', 'acceptor', 'connector', 'relay', 'traffic'] as const;
 export const CLI = path.join(ROOT, 'dist/src/cli/main.js');
 export const ENVOY = path.join(ROOT, '.cache/envoy/envoy');
 
@@ -168,6 +168,15 @@ export class World {
 	/** `sidestep …`, to its end. */
 	sidestep(...args: readonly string[]): Result {
 		return run(process.execPath, [CLI, ...args, ...(args[0] === 'run' || args.includes('--bpffs') ? [] : ['--bpffs', this.bpffs])]);
+	}
+
+	/** `sidestep …`, in the background. */
+	startSidestep(...args: readonly string[]): Running {
+		const running = Running.start(process.execPath, [CLI, ...args, '--bpffs', this.bpffs]);
+		this.#undo.push(async () => {
+			await running.stop('SIGKILL');
+		});
+		return running;
 	}
 
 	json<T>(...args: readonly string[]): T {
