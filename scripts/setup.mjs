@@ -1,4 +1,4 @@
-// `node scripts/setup.mjs demo|test`: brings a bare Debian with Node to where the demo or the tests run: Debian packages, npm packages, the build.
+// `node scripts/setup.mjs bench|demo|programs|test`: brings a bare Debian with Node to where the demo or the tests run: Debian packages, npm packages, the build.
 // Says what it installs, and does nothing twice. Plain Node, as nothing is installed yet.
 import {spawnSync} from 'node:child_process';
 import {existsSync, readFileSync, rmSync, writeFileSync} from 'node:fs';
@@ -8,11 +8,13 @@ const root = fileURLToPath(new URL('..', import.meta.url));
 const purpose = process.argv[2] ?? 'build';
 
 const BUILD = ['cmake', 'make', 'g++', 'clang-19', 'llvm-19', 'libbpf-dev', 'libelf-dev', 'zlib1g-dev', 'libuv1-dev'];
+const TEST = ['iproute2', 'iptables', 'haproxy', 'redsocks', 'microsocks', 'curl', 'procps', 'python3-venv'];
 const PACKAGES = {
 	build: BUILD,
 	bench: [...BUILD, 'iproute2', 'iptables', 'procps'],
 	demo: [...BUILD, 'iproute2', 'haproxy', 'curl'],
-	test: [...BUILD, 'iproute2', 'iptables', 'haproxy', 'redsocks', 'microsocks', 'nginx', 'redis-server', 'redis-tools', 'postgresql', 'curl', 'procps', 'python3-venv'],
+	test: [...BUILD, ...TEST],
+	programs: [...BUILD, ...TEST, 'nginx', 'redis-server', 'redis-tools', 'postgresql'],
 };
 
 function run(command, args, why) {
@@ -61,7 +63,7 @@ if (!existsSync(stamp) || !readFileSync(stamp).equals(lock)) {
 
 run('node', ['scripts/build.mjs'], 'the build');
 
-if (purpose === 'test') {
+if (purpose === 'test' || purpose === 'programs') {
 	// Not from package.json: their bin/node would come before the user's own in npm's PATH.
 	for (const major of [22, 24]) {
 		const prefix = `${root}/.cache/node${major}`;

@@ -35,7 +35,7 @@ export interface AgentOptions {
 	readonly nodeNetns?: string | undefined;
 	/** See {@link reconcile}. */
 	readonly resetOlder: boolean;
-	/** What it was before when left out; `auto` at first. */
+	/** What it was before when left out; `off` at first. */
 	readonly acceleration?: AccelerationWish | undefined;
 	readonly log: (line: string) => void;
 	readonly signal: AbortSignal;
@@ -91,7 +91,7 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 		const {maxPods} = options;
 		const loaded = load(lock, {cgroup, maxEntries: {pods: maxPods, pod_info: maxPods, counters: maxPods}});
 		datapath = loaded.datapath;
-		const wish = options.acceleration ?? (loaded.how === 'loaded' ? 'auto' : wishNow(datapath));
+		const wish = options.acceleration ?? wishNow(datapath);
 		datapath.maps.node.set(0, {...datapath.maps.node.get(0)!, netns: nodeCookie(options)});
 		log(`acceleration is ${describeAcceleration(setAcceleration(datapath, wish))}`);
 		requests = listenForPairs(datapath, () => last?.namespaces);

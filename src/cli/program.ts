@@ -80,7 +80,7 @@ function createProgram({stdout, stderr, signal}: Environment, setCode: (code: nu
 		.addOption(cgroup())
 		.addOption(proc())
 		.addOption(new Option('--node-netns <file>', 'the node\'s own network namespace, whose probes pass (default: process 1\'s)').env('SIDESTEP_NODE_NETNS'))
-		.addOption(new Option('--acceleration <mode>', 'past the TCP stack (default: as before, at first auto)').choices(['off', 'auto', 'on']).env('SIDESTEP_ACCELERATION'))
+		.addOption(new Option('--acceleration <mode>', 'local bytes past the TCP stack (default: as before, at first off)').choices(['off', 'auto', 'on']).env('SIDESTEP_ACCELERATION'))
 		.option('--reset-older', 'abort connections that are older than their pod\'s enrolment, as iptables would', false)
 		.addOption(new Option('--metrics-address <address:port>', 'where /metrics, /healthz and /readyz are served').env('SIDESTEP_METRICS_ADDRESS').default('127.0.0.1:9478'))
 		.option('--resync <ms>', 'compare with the kernel this often, although nothing changed', integer(100, 3_600_000), 10_000)

@@ -39,7 +39,7 @@ export interface PodPolicy {
 	readonly prefixes: readonly Prefix[];
 	readonly ports: ReadonlyArray<Omit<PortKey, 'policy'> & PortValue>;
 	readonly exemptions: ReadonlyArray<Omit<ExemptionKey, 'policy'>>;
-	/** By which a packet is known to be for this pod; none when nothing depends on it. */
+	/** By which a packet or a connection is known to be for this pod. */
 	readonly addresses: readonly AddressKey[];
 }
 
@@ -114,11 +114,9 @@ export function compilePolicy({name, ips, capture}: PodRequest, facts: PodFacts)
 			...unique(facts.cgroups.map(({id}) => id)).map(id => ({kind: 'EXEMPT_CGROUP' as const, id})),
 			...[...excluded].map(index => ({kind: 'EXEMPT_INTERFACE' as const, id: BigInt(index)})),
 		],
-		addresses: capture.inbound || capture.keepSource
-			? facts.localRoutes
-				.filter(({address, isUnicast}) => isUnicast && !isLoopback(address) && address !== PASSTHROUGH_ADDRESS && !isLinkLocal(address))
-				.map(({address, bits}) => ({address, bits: isIpv6(address) ? bits : 96 + bits}))
-			: [],
+		addresses: facts.localRoutes
+			.filter(({address, isUnicast}) => isUnicast && !isLoopback(address) && address !== PASSTHROUGH_ADDRESS && !isLinkLocal(address))
+			.map(({address, bits}) => ({address, bits: isIpv6(address) ? bits : 96 + bits})),
 	};
 }
 

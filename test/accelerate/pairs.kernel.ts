@@ -83,10 +83,11 @@ async function oneHop(world: World, options: readonly string[] = [], extra: obje
 	return {far, pod, agent};
 }
 
-test.serial('a chatty connection through the proxy is accelerated inside the pod, both ways, in both families, and by default', async t => {
+test.serial('a chatty connection through the proxy is accelerated inside the pod, both ways, in both families, once it is asked for', async t => {
 	const world = World.create(t);
 	const {far, pod, agent} = await oneHop(world);
-	await agent.says(/acceleration is auto\n/);
+	await agent.says(/acceleration is off\n/);
+	t.is(world.sidestep('acceleration', 'auto').stdout, 'auto\n');
 	for (const host of [far.ipv4, far.ipv6]) {
 		const chatter = await joined(world, pod, host);
 		const before = redirected(rowOf(world));
