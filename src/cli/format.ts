@@ -8,8 +8,8 @@ export function outputOption(): Option {
 }
 
 /** JSON has no bigint: 64-bit numbers become text when they do not fit a double. */
-export function toJson(value: unknown): string {
-	return `${JSON.stringify(value, (_, item: unknown) => typeof item === 'bigint' ? (item <= BigInt(Number.MAX_SAFE_INTEGER) ? Number(item) : item.toString()) : item, 2)}\n`;
+export function toJson(value: unknown, indent = 2): string {
+	return `${JSON.stringify(value, (_, item: unknown) => typeof item === 'bigint' ? (item <= BigInt(Number.MAX_SAFE_INTEGER) ? Number(item) : item.toString()) : item, indent)}\n`;
 }
 
 /** Columns in the order of the first row's keys; `emptyText` when there is no row. */

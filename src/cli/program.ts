@@ -156,7 +156,7 @@ function createProgram({stdout, stderr, signal}: Environment, setCode: (code: nu
 			} else {
 				const {reasons, ...described} = pods[0]!;
 				const facts = {...described, missed: countMissed(datapath, name, options.proc) ?? 'unknown: needs root'};
-				stdout(Object.entries(facts).map(([key, value]) => `${key}: ${typeof value === 'object' ? JSON.stringify(value) : String(value)}\n`).join(''));
+				stdout(Object.entries(facts).map(([key, value]) => `${key}: ${typeof value === 'object' ? toJson(value, 0).trim() : String(value)}\n`).join(''));
 				stdout(`\n${toTable(Object.entries(reasons).map(([reason, connections]) => ({reason, connections})), 'no counters')}`);
 			}
 		}));

@@ -30,7 +30,7 @@ pods:
 				mode: 'proxy',
 				exempt: {marks: [{value: 0x539, mask: 0xfff}, {value: 7, mask: 0xff_ff_ff_ff}, {value: 16, mask: 0xff_ff_ff_ff}], uids: [1337], gids: [0], cgroups: ['/sys/fs/cgroup/proxy']},
 				outbound: {port: 15_001, addresses: ['10.0.0.9'], excludePorts: [], includePorts: [], excludeRanges: [], includeRanges: '*'},
-				keepSource: false, excludeInterfaces: [],
+				keepSource: false, excludeInterfaces: [], acceleration: 'auto',
 			},
 		},
 	});

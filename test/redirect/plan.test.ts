@@ -12,6 +12,9 @@ const FACTS: PodFacts = {
 	routes: [], interfaces: [], cgroups: [],
 };
 
+/** Another pod, with an address of its own. */
+const OTHER: Partial<PodFacts> = {cookie: 2n, addresses: ['10.0.0.3'], localRoutes: [{address: '10.0.0.3', bits: 32, isUnicast: true}, {address: '127.0.0.0', bits: 8, isUnicast: true}]};
+
 function policy(entry: object = {}, facts: Partial<PodFacts> = {}): PodPolicy {
 	const [spec] = parsePodsFile(JSON.stringify({pods: [{name: 'a/b', netns: '/x', proxy: {port: 15_001}, exempt: {marks: ['0x539/0xfff']}, ...entry}]}), 'x');
 	const {name, ips, wish} = spec!;
@@ -86,7 +89,7 @@ test('what does not fit the namespace is refused', t => {
 });
 
 test('planning again after a plan was carried out gives nothing to do', t => {
-	const wanted = [policy(), policy({name: 'c/d', exempt: {uids: [1, 2], gids: [3]}}, {cookie: 2n})];
+	const wanted = [policy(), policy({name: 'c/d', exempt: {uids: [1, 2], gids: [3]}}, OTHER)];
 	const state = carryOut(EMPTY, plan(EMPTY, wanted));
 	t.is(state.pods.size, 2);
 	t.deepEqual(plan(state, wanted), []);
@@ -127,7 +130,7 @@ test('a pod that could not be read this time is kept', t => {
 });
 
 test('whatever a crash leaves of any change, the next plan makes right', t => {
-	const states = [[], [policy()], [policy({exempt: {uids: [7], gids: [8]}})], [policy(), policy({name: 'c/d'}, {cookie: 2n})]];
+	const states = [[], [policy()], [policy({exempt: {uids: [7], gids: [8]}})], [policy(), policy({name: 'c/d'}, OTHER)]];
 	let cuts = 0;
 	for (const from of states) {
 		for (const to of states) {
