@@ -24,6 +24,8 @@ export interface PodSpec {
 export type Wish =
 	| {readonly capture: Capture; readonly warnings: readonly string[]}
 	| {readonly leave: string}
+	/** Nothing can be done yet, and what was done before stays. */
+	| {readonly waiting: string}
 	| {readonly refused: InputError};
 
 const NAME_MAX_BYTES = 319;

@@ -21,10 +21,8 @@ const NETNS_DIRECTORY = '/run/netns';
 const CGROUP_LEVELS = 32;
 
 /** A namespace's name, and its identity while it had that name. */
-export interface NetnsFile {
+export interface NetnsFile extends NetnsIdentity {
 	readonly path: string;
-	readonly device: bigint;
-	readonly inode: bigint;
 }
 
 /** @returns undefined when it is gone, or the name is another's by now. */
@@ -89,30 +87,48 @@ function readFacts(spec: PodSpec, capture: Capture, netns: NetNs): PodFacts {
 	};
 }
 
+export interface NetnsIdentity {
+	readonly device: bigint;
+	readonly inode: bigint;
+}
+
 /**
-Where to find the namespace that a pod had: by its identity, as what the pods file said is gone by then. Through any process that lives in it, or a name
+Where to find the namespace that a pod had: by its identity, as what was said about it is gone by then. Through any process that lives in it, or a name
 below /run/netns.
 
 @returns undefined when nobody has it, so that it is about to end.
 */
-export function findNetns(proc: string, {device, inode}: {readonly device: bigint; readonly inode: bigint}): NetNs | undefined {
+export function findNetns(proc: string, identity: NetnsIdentity): NetNs | undefined {
+	return scanNetns(proc)(identity);
+}
+
+/** {@link findNetns} for many: looks once, at what there is now. */
+export function scanNetns(proc: string): (identity: NetnsIdentity) => NetNs | undefined {
 	const names = (directory: string) => existsSync(directory) ? readdirSync(directory) : [];
-	const candidates = [
+	const files = new Map<string, string[]>();
+	for (const file of [
 		...names(NETNS_DIRECTORY).map(name => path.join(NETNS_DIRECTORY, name)),
 		...names(proc).filter(name => /^\d+$/.test(name)).map(pid => path.join(proc, pid, 'ns/net')),
-	];
-	for (const file of candidates) {
+	]) {
 		try {
 			const {dev, ino} = statSync(file, {bigint: true});
-			if (dev === device && ino === inode) {
-				return native.openNetns(file);
-			}
+			const id = `${dev} ${ino}`;
+			files.set(id, [...files.get(id) ?? [], file]);
 		} catch {
 			// It ended meanwhile, or may not be looked at.
 		}
 	}
 
-	return undefined;
+	return ({device, inode}) => {
+		for (const file of files.get(`${device} ${inode}`) ?? []) {
+			const netns = reopenNetns({path: file, device, inode});
+			if (netns) {
+				return netns;
+			}
+		}
+
+		return undefined;
+	};
 }
 
 /** The node's own namespace: of process 1, or, where nobody may look at that, the one this process lives in, as with hostNetwork. */
