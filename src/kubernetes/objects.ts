@@ -3,6 +3,9 @@ What the agent reads of Pods and Namespaces. Pure: no I/O. Nothing that a server
 absent, and no function here throws.
 */
 
+/** The kubelet makes a static pod's cgroup by this, as the API gives its mirror a uid of its own. */
+export const STATIC_POD_HASH = 'kubernetes.io/config.hash';
+
 /** What {@link Reflector} keeps. */
 export interface KubernetesObject {
 	readonly name: string;
@@ -15,7 +18,7 @@ export interface PodObject extends KubernetesObject {
 	readonly name: string;
 	readonly namespace: string;
 	readonly labels: Readonly<Record<string, string>>;
-	/** Istio's only: others, such as the last applied configuration, can be hundreds of kilobytes. */
+	/** Those that decide, only: others, such as the last applied configuration, can be hundreds of kilobytes. */
 	readonly annotations: Readonly<Record<string, string>>;
 	/** Empty while the pod is not on any node; so are the next two while they are not known. */
 	readonly nodeName: string;
@@ -94,7 +97,7 @@ function readAddresses(status: Fields): readonly string[] {
 
 function isKept(annotation: string): boolean {
 	const prefix = annotation.slice(0, annotation.indexOf('/') + 1);
-	return prefix === 'istio.io/' || prefix.endsWith('.istio.io/');
+	return prefix === 'istio.io/' || prefix.endsWith('.istio.io/') || prefix === 'sidestep.io/' || annotation === STATIC_POD_HASH;
 }
 
 function strings(value: unknown, isWanted: (key: string) => boolean = () => true): Readonly<Record<string, string>> {

@@ -56,7 +56,7 @@ export interface OpenedPod {
 @throws PodError
 */
 export function openPod(spec: PodSpec, capture: Capture, proc: string): OpenedPod {
-	const file = spec.netns ?? path.join(proc, String(spec.pid), 'ns/net');
+	const file = spec.findNetns?.() ?? spec.netns ?? path.join(proc, String(spec.pid), 'ns/net');
 	const netns = openNetns(spec, file);
 	try {
 		refuseHost(spec, netns, proc);
@@ -99,13 +99,22 @@ below /run/netns.
 @returns undefined when nobody has it, so that it is about to end.
 */
 export function findNetns(proc: string, identity: NetnsIdentity): NetNs | undefined {
-	return scanNetns(proc)(identity);
+	return scanNetns(proc).open(identity);
 }
 
-/** {@link findNetns} for many: looks once, at what there is now. */
-export function scanNetns(proc: string): (identity: NetnsIdentity) => NetNs | undefined {
+/** What {@link findNetns} finds, for many: looked for once. */
+export interface NetnsScan {
+	/** Names of it, /run/netns first. */
+	files(identity: NetnsIdentity): readonly string[];
+	open(identity: NetnsIdentity): NetNs | undefined;
+	/** Some could not be looked at: that one is not found says nothing. */
+	readonly isPartial: boolean;
+}
+
+export function scanNetns(proc: string): NetnsScan {
 	const names = (directory: string) => existsSync(directory) ? readdirSync(directory) : [];
-	const files = new Map<string, string[]>();
+	const found = new Map<string, string[]>();
+	let isPartial = false;
 	for (const file of [
 		...names(NETNS_DIRECTORY).map(name => path.join(NETNS_DIRECTORY, name)),
 		...names(proc).filter(name => /^\d+$/.test(name)).map(pid => path.join(proc, pid, 'ns/net')),
@@ -113,21 +122,31 @@ export function scanNetns(proc: string): (identity: NetnsIdentity) => NetNs | un
 		try {
 			const {dev, ino} = statSync(file, {bigint: true});
 			const id = `${dev} ${ino}`;
-			files.set(id, [...files.get(id) ?? [], file]);
-		} catch {
-			// It ended meanwhile, or may not be looked at.
+			const others = found.get(id);
+			if (others) {
+				others.push(file);
+			} else {
+				found.set(id, [file]);
+			}
+		} catch (error) {
+			isPartial ||= hasErrno(error, 'EACCES', 'EPERM');
 		}
 	}
 
-	return ({device, inode}) => {
-		for (const file of files.get(`${device} ${inode}`) ?? []) {
-			const netns = reopenNetns({path: file, device, inode});
-			if (netns) {
-				return netns;
+	const files = ({device, inode}: NetnsIdentity) => found.get(`${device} ${inode}`) ?? [];
+	return {
+		files,
+		isPartial,
+		open(identity) {
+			for (const file of files(identity)) {
+				const netns = reopenNetns({path: file, ...identity});
+				if (netns) {
+					return netns;
+				}
 			}
-		}
 
-		return undefined;
+			return undefined;
+		},
 	};
 }
 
@@ -163,20 +182,25 @@ function openNetns(spec: PodSpec, file: string): NetNs {
 
 /** The host's own connections must never be captured: kubelet, the runtime and node proxies live there. */
 function refuseHost(spec: PodSpec, netns: NetNs, proc: string): void {
-	for (const open of [() => openNodeNetns(proc), () => native.openNetns(path.join(proc, 'self/ns/net'))]) {
-		let host: NetNs;
-		try {
-			host = open();
-		} catch (error) {
-			throw new PodError(spec.name, `cannot tell its namespace from the host's (${reasonOf(error)}): give the host's /proc by --proc`, {cause: error});
-		}
-
-		const same = host.inode === netns.inode && host.device === netns.device;
-		host.close();
-		if (same) {
-			throw new PodError(spec.name, 'its network namespace is the host\'s own, which is never captured: pods with hostNetwork cannot be enrolled');
-		}
+	let isHost: boolean;
+	try {
+		isHost = isHostNetns(netns, proc);
+	} catch (error) {
+		throw new PodError(spec.name, `cannot tell its namespace from the host's (${reasonOf(error)}): give the host's /proc by --proc`, {cause: error});
 	}
+
+	if (isHost) {
+		throw new PodError(spec.name, 'its network namespace is the host\'s own, which is never captured: pods with hostNetwork cannot be enrolled');
+	}
+}
+
+/** Whether it is the node's, or the one that this process lives in. */
+export function isHostNetns(netns: NetNs, proc: string): boolean {
+	return [() => openNodeNetns(proc), () => native.openNetns('/proc/self/ns/net')].some(open => {
+		const host = open();
+		host.close();
+		return host.inode === netns.inode && host.device === netns.device;
+	});
 }
 
 function cgroupFacts(spec: PodSpec, directory: string): {readonly id: bigint; readonly level: number} {

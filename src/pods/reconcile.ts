@@ -5,13 +5,13 @@ The kernel's maps are read at the first round and whenever the caller asks; in b
 namespace is opened only when the pod is due.
 */
 import type {PodSpec} from '../config/pods-file.js';
-import {AgentError, PodError, hasErrno, reasonOf} from '../errors.js';
+import {AgentError, PodError, reasonOf} from '../errors.js';
 import type {Datapath} from '../loader/datapath.js';
 import {POD_INBOUND, POD_KEEP_SOURCE, type NetnsCookie, type PodInfo} from '../maps/schema.js';
 import {applyChange, readKernel} from '../redirect/apply.js';
 import {addressId, plan, type Change, type KernelIndex} from '../redirect/plan.js';
 import {compilePolicy, type PodPolicy} from '../redirect/policy.js';
-import {openPod, scanNetns, type NetnsFile, type NetnsIdentity, type OpenedPod} from './facts.js';
+import {openPod, scanNetns, type NetnsFile, type NetnsIdentity, type NetnsScan, type OpenedPod} from './facts.js';
 import {KEEPS_SOURCES, prepareNamespace, restoreNamespace} from './namespace.js';
 import {readSockets, resetAccelerated, resetKeptSources, resetMissed} from './sockets.js';
 import type {NetNs} from '../native.js';
@@ -27,6 +27,8 @@ export interface Round {
 	readonly notes: readonly string[];
 	/** Where the enrolled pods' namespaces are. */
 	readonly namespaces: ReadonlyMap<NetnsCookie, NetnsFile>;
+	/** Names of those that were looked at. */
+	readonly looked: ReadonlySet<string>;
 }
 
 export interface RoundOptions {
@@ -148,7 +150,7 @@ export class Reconciler {
 class Turn {
 	readonly #changes: string[] = [];
 	readonly #notes: string[] = [];
-	#scanned: ((identity: NetnsIdentity) => NetNs | undefined) | undefined;
+	#scan: NetnsScan | undefined;
 
 	constructor(
 		readonly datapath: Datapath,
@@ -202,6 +204,7 @@ class Turn {
 		return {
 			enrolled,
 			failures: new Map(failures),
+			looked: due,
 			changes: this.#changes,
 			notes: this.#notes,
 			namespaces: new Map(enrolled.map(name => [known.get(name)!.policy.cookie, known.get(name)!.file])),
@@ -215,19 +218,18 @@ class Turn {
 			return false;
 		}
 
-		const mayHaveEnded = 'waiting' in spec.wish || hasErrno(this.failures.get(name)?.cause, 'ENOENT', 'ESRCH') || (opened.has(name) && opened.get(name)!.facts.cookie !== cookie);
-		if (!this.due.has(name) || !mayHaveEnded) {
+		if (!this.due.has(name) || opened.get(name)?.facts.cookie === cookie) {
 			return true;
 		}
 
 		const netns = this.#find({device: netnsDevice, inode: netnsInode});
 		netns?.close();
-		return netns !== undefined;
+		return netns !== undefined || this.#scan!.isPartial;
 	}
 
 	#find(identity: NetnsIdentity): NetNs | undefined {
-		this.#scanned ??= scanNetns(this.options.proc);
-		return this.#scanned(identity);
+		this.#scan ??= scanNetns(this.options.proc);
+		return this.#scan.open(identity);
 	}
 
 	/**
@@ -352,10 +354,10 @@ export function leaveNamespaces(datapath: Datapath, proc: string): readonly PodE
 		datapath.unsteer(cookie);
 	}
 
-	const find = scanNetns(proc);
+	const scan = scanNetns(proc);
 	return datapath.maps.podInfo.entries().flatMap(([, info]) => {
 		try {
-			leaveNamespace(datapath, info, proc, find, true);
+			leaveNamespace(datapath, info, proc, identity => scan.open(identity), true);
 			return [];
 		} catch (error) {
 			return [new PodError(info.name, `not everything in its namespace could be taken back (${reasonOf(error)})`, {cause: error})];
