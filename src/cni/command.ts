@@ -1,6 +1,6 @@
 import path from 'node:path';
 import {fileURLToPath} from 'node:url';
-import {Command, InvalidArgumentError, Option} from 'commander';
+import {InvalidArgumentError, Option, type Command} from 'commander';
 import type {Environment} from '../cli/environment.js';
 import {CniInstaller, DEFAULT_CNI_TIMEOUT_SECONDS, PLUGIN_NAME} from './install.js';
 import {DEFAULT_CNI_SOCKET} from './server.js';
@@ -17,8 +17,8 @@ interface Options {
 	readonly cniTimeout: number;
 }
 
-/** `sidestep cni install|uninstall`. */
-export function cniCommand({stderr}: Environment): Command {
+/** Adds `cni install` and `cni uninstall`. */
+export function addCniCommand(program: Command, {stderr}: Environment): void {
 	const bin = () => new Option('--cni-bin <directory>', 'where the container runtime looks for plugins').env('SIDESTEP_CNI_BIN').default(DEFAULT_CNI_BIN);
 	const conf = () => new Option('--cni-conf <directory>', 'where the container runtime looks for networks').env('SIDESTEP_CNI_CONF').default(DEFAULT_CNI_CONF);
 	const installer = ({cniBin, cniConf, cniSocket = DEFAULT_CNI_SOCKET, cniTimeout = DEFAULT_CNI_TIMEOUT_SECONDS}: Partial<Options>) => new CniInstaller({
@@ -28,7 +28,7 @@ export function cniCommand({stderr}: Environment): Command {
 		},
 	});
 
-	const command = new Command('cni').description('the CNI plugin, which holds a pod\'s start until the pod is captured');
+	const command = program.command('cni').description('the CNI plugin, which holds a pod\'s start until the pod is captured');
 	command.command('install')
 		.description('put the plugin in place, once (`sidestep run` does that itself, and keeps it there)')
 		.addOption(bin())
@@ -39,14 +39,13 @@ export function cniCommand({stderr}: Environment): Command {
 			installer(options).install();
 		});
 	command.command('uninstall')
-		.description('take the plugin out again, after the agent was removed for good; until then no pod starts on the node')
+		.description('take the plugin out again once the agent is removed for good: while the plugin is in place and no agent answers, no pod starts')
 		.addOption(bin())
 		.addOption(conf())
 		.option('--keep-file', 'leave the plugin\'s file: under CRI-O, pods that started with it need it to end', false)
 		.action((options: Options & {keepFile: boolean}) => {
 			installer(options).uninstall({keepFile: options.keepFile});
 		});
-	return command;
 }
 
 /** As the plugin takes it. */
