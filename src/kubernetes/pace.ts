@@ -1,6 +1,7 @@
 /**
 How fast a server is asked that does not do what it is asked.
 */
+import {setMaxListeners} from 'node:events';
 import {performance} from 'node:perf_hooks';
 
 /** Full jitter: each delay is drawn from 0 to a bound that doubles with every failure. */
@@ -67,6 +68,11 @@ export class Pace {
 	/** Resolves when a request may start. First come, first served. */
 	async admit(signal?: AbortSignal): Promise<void> {
 		signal?.throwIfAborted();
+		if (signal) {
+			// One signal ends the whole agent; many that wait for it are no leak.
+			setMaxListeners(0, signal);
+		}
+
 		await new Promise<void>((resolve, reject) => {
 			const leave = () => {
 				this.#waiters.delete(waiter);
