@@ -228,7 +228,10 @@ export class FakeApiServer {
 		this.#timers.clear();
 		const closed = once(this.#server!, 'close');
 		this.#server!.close();
-		this.resetConnections();
+		for (const socket of this.#sockets.values()) {
+			socket.destroy();
+		}
+
 		await closed;
 	}
 
