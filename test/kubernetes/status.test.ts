@@ -8,7 +8,8 @@ import {eventually} from '../helpers/process.js';
 import {makePod, type ApiObject, type FakeApiServer} from './fake-server.js';
 import {makeBench, type Bench} from './helpers.js';
 
-const SETTLE_MS = 200;
+/** Longer than a test's rounds on a busy machine, but where a test waits for it. */
+const SETTLE_MS = 20_000;
 
 interface Desk extends Bench {
 	readonly writer: StatusWriter;
@@ -17,11 +18,11 @@ interface Desk extends Bench {
 	readonly patches: () => readonly unknown[];
 }
 
-async function makeDesk(t: ExecutionContext, timing = {}): Promise<Desk> {
-	const bench = await makeBench(t, {timing: {requestMs: 300, gapMs: 20, maxBackoffMs: 200, ...timing}});
+async function makeDesk(t: ExecutionContext, {settleMs = SETTLE_MS, ...timing}: {readonly settleMs?: number; readonly gapMs?: number; readonly maxBackoffMs?: number} = {}): Promise<Desk> {
+	const bench = await makeBench(t, {timing: {requestMs: 20_000, gapMs: 20, maxBackoffMs: 200, ...timing}});
 	const {server, client, log, signal} = bench;
 	const writer = new StatusWriter({
-		client, signal, settleMs: SETTLE_MS,
+		client, signal, settleMs,
 		log(line) {
 			log.push(line);
 		},
@@ -73,19 +74,20 @@ test('what is so already is not written, nor what was written a moment ago', asy
 });
 
 test('an annotation that somebody else changed is put back', async t => {
-	const desk = await makeDesk(t);
+	const settleMs = 100;
+	const desk = await makeDesk(t, {settleMs});
 	const {writer, put, annotation} = desk;
 	writer.set(put('web'), 'enabled');
 	await settled(desk);
 	const changed = put('web', {annotations: {[REDIRECTION]: 'disabled'}});
-	await sleep(SETTLE_MS + 20);
+	await sleep(settleMs + 20);
 	writer.set(changed, 'enabled');
 	await settled(desk);
 	t.is(annotation('web'), 'enabled');
 });
 
 test('the latest wish counts, with one request for a pod at a time and few at once', async t => {
-	const desk = await makeDesk(t, {requestMs: 10_000});
+	const desk = await makeDesk(t);
 	const {writer, put, annotation, patches, client} = desk;
 	const pods = Array.from({length: 30}, (_, index) => put(`web-${index}`));
 	await client.get('/api/v1/pods');
@@ -150,7 +152,7 @@ test('while the server fails, wishes stand, at one request a gap; each thing is 
 		writer.set(pod, 'pending');
 	}
 
-	await sleep(600);
+	await eventually('some attempts', () => server.requests('', started).length >= 5);
 	for (const pod of pods) {
 		writer.set(pod, 'enabled');
 	}
@@ -158,7 +160,6 @@ test('while the server fails, wishes stand, at one request a gap; each thing is 
 	writer.forget(pods[0]!.uid);
 	const requests = server.requests('', started).length;
 	t.true(requests <= 4 + (performance.now() - started) / gapMs, String(requests));
-	t.true(requests >= 4);
 	t.is(log.length, 1, log.join('\n'));
 	server.behave();
 	await settled(desk);
@@ -209,7 +210,7 @@ test('what the server forbids is tried ever more rarely, and does not slow other
 });
 
 async function makeReporter(t: ExecutionContext, options: {readonly silenceMs?: number} = {}): Promise<Bench & {readonly events: EventWriter}> {
-	const bench = await makeBench(t, {timing: {requestMs: 300, gapMs: 10, maxBackoffMs: 50}});
+	const bench = await makeBench(t, {timing: {requestMs: 20_000, gapMs: 10, maxBackoffMs: 50}});
 	const {client, signal, log} = bench;
 	const events = new EventWriter({
 		client, signal, ...options,
@@ -251,7 +252,7 @@ test('long names and messages are cut to what the API takes, between characters'
 });
 
 test('the same event comes once an hour, another one at once', async t => {
-	const {events, server} = await makeReporter(t, {silenceMs: 200});
+	const {events, server} = await makeReporter(t, {silenceMs: 2000});
 	for (let index = 0; index < 10; index++) {
 		events.report(POD, REFUSED);
 	}
@@ -259,7 +260,7 @@ test('the same event comes once an hour, another one at once', async t => {
 	events.report({...POD, uid: 'u2'}, REFUSED);
 	events.report(POD, {...REFUSED, message: 'another'});
 	await eventually('they are there', () => server.events.length === 3);
-	await sleep(220);
+	await sleep(2020);
 	events.report(POD, REFUSED);
 	await eventually('it is there again', () => server.events.length === 4);
 	t.is(events.counters.written, 4);
@@ -273,7 +274,7 @@ test('while the server fails, events wait, up to a bound; then the oldest are lo
 	}
 
 	t.is(events.pending, 256);
-	await sleep(200);
+	await eventually('some attempts', () => server.history.length >= 3);
 	t.is(log.length, 1);
 	server.behave();
 	await eventually('the queue is empty', () => events.pending === 0);
