@@ -1,7 +1,7 @@
 /*
  * client --to ADDRESS:PORT… [--family 4|6|mapped] [--bind ADDRESS:PORT [--step N]] [--reuseport] [--device IF] [--mark N] [--nonblock] [--tfo sendto|connect] [--mptcp]
  *        [--send TEXT] [--timeout MS] [--count N --parallel P] [--hold]
- * Connects, reads the server's hello, expects an echo, and says what it saw. With --step each connection's port is N further than the one's before.
+ * Connects, reads the server's hello, expects an echo, and says what it saw. SIGTERM ends --count early. With --step each connection's port is N further than the one's before.
  */
 #include <fcntl.h>
 #include <poll.h>
@@ -223,6 +223,7 @@ static void close_result(struct result *result)
 }
 
 static atomic_int next, succeeded, failed, wrong_peer;
+static atomic_bool stopped;
 static pthread_mutex_t errors_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct {
 	const char *name;
@@ -249,7 +250,7 @@ static void *work(void *unused)
 	int index;
 
 	(void)unused;
-	while ((index = atomic_fetch_add(&next, 1)) < options.count) {
+	while (!stopped && (index = atomic_fetch_add(&next, 1)) < options.count) {
 		const char *to = options.to[index % options.to_count];
 		char expected[TEXT_MAX], hello[TEXT_MAX + 16];
 		union address address = destination(to);
@@ -271,11 +272,19 @@ static void *work(void *unused)
 	return NULL;
 }
 
+static void stop(int signal)
+{
+	(void)signal;
+	stopped = true;
+}
+
 static void run_many(void)
 {
 	pthread_t *threads = calloc(options.parallel, sizeof(*threads));
+	struct sigaction action = {.sa_handler = stop, .sa_flags = SA_RESTART};
 	const char *comma = "";
 
+	sigaction(SIGTERM, &action, NULL);
 	for (int i = 0; i < options.parallel; i++)
 		pthread_create(&threads[i], NULL, work, NULL);
 	for (int i = 0; i < options.parallel; i++)
