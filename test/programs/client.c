@@ -1,7 +1,8 @@
 /*
  * client --to ADDRESS:PORT… [--family 4|6|mapped] [--bind ADDRESS:PORT [--step N]] [--reuseport] [--device IF] [--mark N] [--nonblock] [--tfo sendto|connect] [--mptcp]
- *        [--send TEXT] [--timeout MS] [--count N --parallel P] [--hold]
- * Connects, reads the server's hello, expects an echo, and says what it saw. SIGTERM ends --count early. With --step each connection's port is N further than the one's before.
+ *        [--send TEXT] [--timeout MS] [--count N --parallel P [--pause MS]] [--hold]
+ * Connects, reads the server's hello, expects an echo, and says what it saw. SIGTERM ends
+ * --count early; --pause is after each failure. With --step each connection's port is N further than the one's before.
  */
 #include <fcntl.h>
 #include <poll.h>
@@ -16,7 +17,7 @@
 
 static struct {
 	const char *to[TO_MAX], *family, *bind, *device, *tfo, *send;
-	int to_count, mark, timeout, count, parallel, step;
+	int to_count, mark, timeout, count, parallel, step, pause;
 	bool nonblock, mptcp, hold, reuseport;
 } options = {.send = "ping", .timeout = 3000, .parallel = 1, .count = -1, .mark = -1};
 
@@ -265,6 +266,7 @@ static void *work(void *unused)
 			failed++;
 			count_error(result->outcome);
 			print_result(result);
+			usleep(options.pause * 1000);
 		}
 		close_result(result);
 	}
@@ -353,6 +355,8 @@ int main(int argc, char **argv)
 			options.count = atoi(argv[i]);
 		else if (!strcmp(name, "--parallel"))
 			options.parallel = atoi(argv[i]);
+		else if (!strcmp(name, "--pause"))
+			options.pause = atoi(argv[i]);
 		else
 			misuse(name);
 	}
