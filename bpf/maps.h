@@ -163,6 +163,7 @@ const struct question anchor_question __attribute__((used)) = {};
 const struct request anchor_request __attribute__((used)) = {};
 const struct pairing anchor_pairing __attribute__((used)) = {};
 const enum tcp_reason anchor_tcp_reason __attribute__((used)) = TCP_OFF;
+const struct carried anchor_carried __attribute__((used)) = {};
 const struct socket_record anchor_socket_record __attribute__((used)) = {};
 
 static __always_inline void count(__u64 netns, enum reason reason)

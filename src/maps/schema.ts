@@ -287,6 +287,9 @@ export type MapName = typeof MAP_NAMES[number];
 /** Socket storage and ring buffers have no entries that user space could walk. */
 export const UNWALKABLE: readonly MapName[] = ['original_dsts', 'listener_slots', 'acceleration_of', 'requests'];
 
+/** Counts and nothing else, per CPU. */
+export const TALLIES: readonly MapName[] = ['counters', 'traffic'];
+
 export interface Maps {
 	readonly pods: TypedMap<NetnsCookie, PodValue>;
 	readonly podInfo: TypedMap<NetnsCookie, PodInfo>;

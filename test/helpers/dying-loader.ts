@@ -2,7 +2,9 @@
 import {writeSync} from 'node:fs';
 import {load, unload} from '../../src/loader/datapath.js';
 import {takeWriterLock} from '../../src/loader/lock.js';
+import {openObject} from '../../src/loader/object.js';
 import {PinLayout} from '../../src/loader/paths.js';
+import {TEST_MIGRATIONS} from './layouts.js';
 
 const [what, bpffs, cgroup, dieAt, object] = process.argv.slice(2) as [string, string, string, string, string];
 let steps = 0;
@@ -13,9 +15,11 @@ const onStep = (step: string) => {
 	}
 };
 
-const lock = takeWriterLock(new PinLayout(bpffs, 2));
+const opened = openObject(object);
+opened.object.close();
+const lock = takeWriterLock(new PinLayout(bpffs, opened.schema.layoutVersion));
 if (what === 'load') {
-	load(lock, {cgroup, object, onStep});
+	load(lock, {cgroup, object, onStep, migrations: TEST_MIGRATIONS});
 } else {
-	unload(lock, onStep);
+	unload(lock, onStep, object);
 }
