@@ -153,6 +153,7 @@ Napi::Value OpenRingBuffer(const Napi::CallbackInfo& info);
 Napi::Value OpenNetns(const Napi::CallbackInfo& info);
 Napi::Value NetnsOfSocket(const Napi::CallbackInfo& info);
 Napi::Value CreateNetns(const Napi::CallbackInfo& info);
+void DefineSeqpacket(Napi::Env env, Napi::Object exports);
 void DefineSystem(Napi::Env env, Napi::Object exports);
 
 /* What libbpf says while this lives, on this thread; it never prints. */

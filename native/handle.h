@@ -43,7 +43,7 @@ struct Adoption {
 /* Per environment, never static: several workers load the addon at once. */
 struct Instance {
 	std::shared_ptr<Registry> registry = std::make_shared<Registry>();
-	Napi::FunctionReference object, map, program, link, ring_buffer, netns;
+	Napi::FunctionReference object, map, program, link, ring_buffer, netns, seqpacket_listener, seqpacket_connection;
 	Adoption adoption;
 
 	static Instance& Of(Napi::Env env) { return *env.GetInstanceData<Instance>(); }

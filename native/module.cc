@@ -55,6 +55,7 @@ static Napi::Object Init(Napi::Env env, Napi::Object exports) {
 	instance->link = Napi::Persistent(Link::Define(env));
 	instance->netns = Napi::Persistent(NetNs::Define(env));
 	instance->ring_buffer = Napi::Persistent(DefineRingBuffer(env));
+	DefineSeqpacket(env, exports);
 	DefineSystem(env, exports);
 	return exports;
 }

@@ -7,8 +7,8 @@ import {fileURLToPath} from 'node:url';
 const root = fileURLToPath(new URL('..', import.meta.url));
 const purpose = process.argv[2] ?? 'build';
 
-const BUILD = ['cmake', 'make', 'g++', 'clang-19', 'llvm-19', 'libbpf-dev', 'libelf-dev', 'zlib1g-dev', 'libuv1-dev'];
-const TEST = ['iproute2', 'iptables', 'haproxy', 'redsocks', 'microsocks', 'curl', 'procps', 'python3-venv'];
+const BUILD = ['cmake', 'make', 'g++', 'clang-19', 'llvm-19', 'libbpf-dev', 'libelf-dev', 'zlib1g-dev', 'libuv1-dev', 'nlohmann-json3-dev'];
+const TEST = ['iproute2', 'iptables', 'haproxy', 'redsocks', 'microsocks', 'curl', 'procps', 'python3-venv', 'podman', 'containernetworking-plugins', 'runc'];
 const PACKAGES = {
 	build: BUILD,
 	bench: [...BUILD, 'iproute2', 'iptables', 'procps'],

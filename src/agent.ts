@@ -1,10 +1,9 @@
 /**
 The only place that wires the parts together: `sidestep run`.
 */
-import {readFileSync, statSync, watch, type FSWatcher} from 'node:fs';
-import path from 'node:path';
-import {parsePodsFile, type PodSpec} from './config/pods-file.js';
-import {HostError, InputError, reasonOf} from './errors.js';
+import {FilePods} from './config/file-pods.js';
+import type {PodSpec} from './config/pods-file.js';
+import {HostError, reasonOf} from './errors.js';
 import {load, type Datapath} from './loader/datapath.js';
 import {ensureBpffs, requireCapabilities, resolveCgroup} from './loader/host.js';
 import {takeWriterLock} from './loader/lock.js';
@@ -18,7 +17,8 @@ import {describeAcceleration, setAcceleration, wishNow, type AccelerationWish} f
 import type {NetnsCookie, PairRequest} from './maps/schema.js';
 import {openNodeNetns, reopenNetns, type NetnsFile} from './pods/facts.js';
 import {joinPair} from './loader/pairs.js';
-import {reconcile, type Round} from './pods/reconcile.js';
+import {ControlLoop} from './pods/loop.js';
+import {Reconciler, type Round} from './pods/reconcile.js';
 
 export interface AgentOptions {
 	readonly podsFile: string;
@@ -28,12 +28,12 @@ export interface AgentOptions {
 	/** The host's /proc. */
 	readonly proc: string;
 	readonly metrics: {readonly host: string | undefined; readonly port: number};
-	/** How often the kernel is compared with the pods file although nothing was heard. */
-	readonly resyncMs: number;
+	/** In what time every pod is looked at although nothing was heard; by the number of pods when left out. */
+	readonly resyncMs?: number | undefined;
 	readonly maxPods: number;
 	/** The node's own namespace, whose processes' connections to pods pass as probes; process 1's by default. */
 	readonly nodeNetns?: string | undefined;
-	/** See {@link reconcile}. */
+	/** Connections that are older than a pod's enrolment are aborted, as iptables would. */
 	readonly resetOlder: boolean;
 	/** What it was before when left out; `off` at first. */
 	readonly acceleration?: AccelerationWish | undefined;
@@ -41,8 +41,6 @@ export interface AgentOptions {
 	readonly signal: AbortSignal;
 }
 
-/** A file that is replaced makes several events. */
-const SETTLE_MS = 20;
 /** How often, and how long apart, a pair with unread bytes is looked at again. */
 const UNREAD_RETRIES = 20;
 const UNREAD_RETRY_MS = 3;
@@ -54,7 +52,7 @@ Runs until `signal` aborts. Capture stays in place then, as it does when the pro
 */
 export async function runAgent(options: AgentOptions): Promise<void> {
 	const {log} = options;
-	let specs = readPodsFile(options.podsFile);
+	const source = new FilePods(options.podsFile);
 	requireCapabilities();
 	const cgroup = resolveCgroup(options.cgroup);
 	if (ensureBpffs(options.bpffs) === 'mounted') {
@@ -65,20 +63,18 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 	opened.object.close();
 	const lock = takeWriterLock(new PinLayout(options.bpffs, opened.schema.layoutVersion));
 	let datapath: Datapath | undefined;
-	const loop = new Loop(options.resyncMs);
+	let loop: ControlLoop | undefined;
 	let server: Awaited<ReturnType<typeof serveMetrics>>['server'] | undefined;
-	let watcher: FSWatcher | undefined;
 	let metrics: Metrics | undefined;
 	let requests: RingBuffer | undefined;
 	let last: Round | undefined;
-	let fileProblem: string | undefined;
 	const health = (): Health => {
 		const problems = [
-			...(last ? [] : ['the first round is not done yet']),
-			...(fileProblem === undefined ? [] : [`${fileProblem} (the last good pods file stays in force)`]),
+			...(loop?.isSettled ? [] : ['the first round is not done yet']),
+			...source.problems,
 			...[...last?.failures.values() ?? []].map(error => error.message),
 		];
-		return {alive: loop.isTurning, ready: problems.length === 0, problems};
+		return {alive: loop?.isTurning ?? true, ready: problems.length === 0, problems};
 	};
 
 	try {
@@ -104,42 +100,30 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 
 		log(`metrics at port ${served.port}`);
 
-		watcher = watchFile(options.podsFile, () => loop.wake());
-		const reported = new Map<string, string>();
-		const notes = new Set<string>();
-		await loop.run(options.signal, changedAt => {
-			try {
-				specs = readPodsFile(options.podsFile);
-				fileProblem = undefined;
-			} catch (error) {
-				metrics!.recordError('pods_file');
-				if (fileProblem !== reasonOf(error)) {
-					log(`${reasonOf(error)} (the last good pods file stays in force)`);
-				}
-
-				fileProblem = reasonOf(error);
-			}
-
-			const started = performance.now();
-			try {
-				last = reconcile(datapath!, specs, options);
-			} catch (error) {
+		const report = new Report(log);
+		loop = new ControlLoop(new Reconciler(datapath, options), {
+			specs: () => source.specs,
+			resyncMs: options.resyncMs,
+			onRound(round, durationMs, changedAt) {
+				last = round;
+				metrics!.recordRound(round, durationMs, changedAt === undefined ? undefined : performance.now() - changedAt);
+				report.round(round, source.specs.values());
+			},
+			onError(error) {
 				metrics!.recordError('round');
-				log(`this round failed (${reasonOf(error)}): trying again in ${options.resyncMs} ms`);
-				return;
-			}
-
-			metrics!.recordRound(last, performance.now() - started, changedAt === undefined ? undefined : performance.now() - changedAt);
-			reportNotes(specs, last.notes, notes, log);
-			for (const change of last.changes) {
-				log(change);
-			}
-
-			reportFailures(last, reported, log);
+				report.error(`this round failed (${reasonOf(error)}): trying again`);
+			},
 		});
+		source.start(names => {
+			loop!.wake(names);
+		}, problem => {
+			metrics!.recordError('pods_file');
+			log(problem);
+		});
+		await loop.run(options.signal);
 		log('stopped; capture stays in place (`sidestep unload` takes it away)');
 	} finally {
-		watcher?.close();
+		source.close();
 		requests?.close();
 		server?.close();
 		server?.closeAllConnections();
@@ -184,111 +168,35 @@ function nodeCookie({nodeNetns, proc}: AgentOptions): bigint {
 	}
 }
 
-/** What is said about pods that are left alone, or whose labels, annotations or addresses are odd: once, until it changes. */
-function reportNotes(specs: readonly PodSpec[], notes: readonly string[], reported: Set<string>, log: (line: string) => void): void {
-	const lines = new Set([...notes, ...specs.flatMap(({name, wish}) => 'leave' in wish ? [`pod ${name} is not captured: ${wish.leave}`] : 'warnings' in wish ? wish.warnings.map(warning => `pod ${name}: ${warning}`) : [])]);
-	for (const line of lines) {
-		if (!reported.has(line)) {
-			log(line);
-		}
-	}
+/** Says each thing once, until it changes, and not at every round. */
+class Report {
+	#notes: ReadonlySet<string> = new Set();
+	#failures: ReadonlyMap<string, string> = new Map();
+	#error: string | undefined;
 
-	reported.clear();
-	for (const line of lines) {
-		reported.add(line);
-	}
-}
+	constructor(readonly log: (line: string) => void) {}
 
-/** Each failure once, not at every resync. */
-function reportFailures(round: Round, reported: Map<string, string>, log: (line: string) => void): void {
-	for (const [pod, error] of round.failures) {
-		if (reported.get(pod) !== error.message) {
-			log(error.message);
-		}
-	}
-
-	reported.clear();
-	for (const [pod, error] of round.failures) {
-		reported.set(pod, error.message);
-	}
-}
-
-function readPodsFile(file: string): readonly PodSpec[] {
-	let text: string;
-	try {
-		// Reading a fifo would wait for its writer.
-		if (!statSync(file).isFile()) {
-			throw new TypeError('it is not a regular file');
+	round({changes, failures, notes}: Round, specs: Iterable<PodSpec>): void {
+		const lines = new Set([...notes, ...[...specs].flatMap(({name, wish}) => 'leave' in wish ? [`pod ${name} is not captured: ${wish.leave}`] : 'warnings' in wish ? wish.warnings.map(warning => `pod ${name}: ${warning}`) : [])]);
+		const messages = new Map([...failures].map(([pod, {message}]) => [pod, message]));
+		for (const line of [
+			...[...lines].filter(line => !this.#notes.has(line)),
+			...changes,
+			...[...messages].filter(([pod, message]) => this.#failures.get(pod) !== message).map(([, message]) => message),
+		]) {
+			this.log(line);
 		}
 
-		text = readFileSync(file, 'utf8');
-	} catch (error) {
-		throw new InputError(file, `cannot be read (${reasonOf(error)})`, {cause: error});
+		this.#notes = lines;
+		this.#failures = messages;
+		this.#error = undefined;
 	}
 
-	return parsePodsFile(text, file);
-}
-
-/**
-Watches the directory, as a file that is replaced by rename (editors, Kubernetes' volumes with their symbolic links) is a new file each time. Any
-event counts: reading the file again is cheap.
-*/
-function watchFile(file: string, onChange: () => void): FSWatcher {
-	const watcher = watch(path.dirname(path.resolve(file)), onChange);
-	// The directory itself may be removed; the resync goes on reading.
-	watcher.on('error', onChange);
-	return watcher;
-}
-
-/** Turns when woken, and at each resync. */
-class Loop {
-	isTurning = true;
-	#wake: (() => void) | undefined;
-	#changedAt: number | undefined;
-
-	constructor(readonly resyncMs: number) {}
-
-	wake(): void {
-		this.#changedAt ??= performance.now();
-		this.#wake?.();
-	}
-
-	/** @param turn - given when the change that woke it was heard (performance.now()), undefined for a resync. */
-	async run(signal: AbortSignal, turn: (changedAt: number | undefined) => void): Promise<void> {
-		try {
-			while (!signal.aborted) {
-				const changedAt = this.#changedAt;
-				this.#changedAt = undefined;
-				turn(changedAt);
-				await this.#sleep(signal);
-			}
-		} finally {
-			this.isTurning = false;
+	error(line: string): void {
+		if (this.#error !== line) {
+			this.log(line);
 		}
-	}
 
-	async #sleep(signal: AbortSignal): Promise<void> {
-		await new Promise<void>(resolve => {
-			let timer: NodeJS.Timeout;
-			const done = () => {
-				clearTimeout(timer);
-				signal.removeEventListener('abort', done);
-				this.#wake = undefined;
-				resolve();
-			};
-
-			const soon = () => {
-				clearTimeout(timer);
-				this.#wake = undefined;
-				timer = setTimeout(done, SETTLE_MS);
-			};
-
-			timer = setTimeout(done, this.resyncMs);
-			signal.addEventListener('abort', done);
-			this.#wake = soon;
-			if (this.#changedAt !== undefined) {
-				soon();
-			}
-		});
+		this.#error = line;
 	}
 }

@@ -256,6 +256,32 @@ export interface NetNs {
 	close(): void;
 }
 
+/** A listening AF_UNIX SOCK_SEQPACKET socket. */
+export interface SeqpacketListener {
+	/** Takes connections again after `onError`. */
+	resume(): void;
+	/** Its file stays, its connections too. */
+	close(): void;
+}
+
+export interface SeqpacketConnection {
+	/** SO_PEERCRED: who connected, as this process' namespaces see it. */
+	readonly peer: {readonly pid: number; readonly uid: number; readonly gid: number};
+	/**
+	Begins to read on the event loop: nothing is read before. EALREADY the second time. At most 4096 bytes of a packet are given, `isTruncated` tells of more; fds
+	that come with it are not taken in.
+	@param events - `onEnd` is called once, when the peer is gone or reading failed, and not for {@link close}; the connection is closed then. A packet of no
+	bytes is an end, too. Throwing from either closes nothing; the error is uncaught in the usual way.
+	*/
+	read(events: {onPacket(bytes: Uint8Array, isTruncated: boolean): void; onEnd(error: NativeError | undefined): void}): void;
+	/**
+	sendmsg(2) of one packet without waiting and without SIGPIPE; EAGAIN when there is no room, EPIPE when the peer is gone.
+	@param fd - handed over to the peer by SCM_RIGHTS; it stays this process' own, too.
+	*/
+	send(bytes: Uint8Array, fd?: number): void;
+	close(): void;
+}
+
 export interface Native {
 	/** The libbpf the addon runs with, e.g. `1.1`. */
 	readonly libbpfVersion: string;
@@ -289,6 +315,13 @@ export interface Native {
 	netnsOfSocket(fd: number): NetNs;
 	/** A new, empty namespace (unshare on a thread of its own); it ends when the handle and its sockets are closed. */
 	createNetns(): NetNs;
+
+	/**
+	Listens at `path`, whose directory has to exist, with the file mode `mode` (less the umask). A socket file that nobody listens at any more is replaced; EADDRINUSE when
+	somebody does, or when it is no socket.
+	@param events - `onError`: a connection could not be taken (EMFILE, …). It waits, and no other is taken until {@link SeqpacketListener.resume}.
+	*/
+	listenSeqpacket(path: string, mode: number, events: {onConnection(connection: SeqpacketConnection): void; onError(error: NativeError): void}): SeqpacketListener;
 
 	/** Thin, synchronous system calls on an fd; addresses are raw `sockaddr` bytes. */
 	bind(fd: number, address: Uint8Array): void;
@@ -330,7 +363,7 @@ export interface Native {
 	capabilities(): bigint;
 	/** Possible CPUs: the slots of a per-CPU value. */
 	possibleCpus(): number;
-	/** How many handles (objects, maps, programs, links, ring buffers, namespaces) of this environment are open: for leak tests. */
+	/** How many handles (objects, maps, programs, links, ring buffers, namespaces, seqpacket listeners and connections) of this environment are open: for leak tests. */
 	openHandles(): number;
 }
 

@@ -83,10 +83,10 @@ function createProgram({stdout, stderr, signal}: Environment, setCode: (code: nu
 		.addOption(new Option('--acceleration <mode>', 'local bytes past the TCP stack (default: as before, at first off)').choices(['off', 'auto', 'on']).env('SIDESTEP_ACCELERATION'))
 		.option('--reset-older', 'abort connections that are older than their pod\'s enrolment, as iptables would', false)
 		.addOption(new Option('--metrics-address <address:port>', 'where /metrics, /healthz and /readyz are served').env('SIDESTEP_METRICS_ADDRESS').default('127.0.0.1:9478'))
-		.option('--resync <ms>', 'compare with the kernel this often, although nothing changed', integer(100, 3_600_000), 10_000)
+		.option('--resync <ms>', 'look at every pod in this time, although nothing changed (default: 10 s, and 0.4 s a pod)', integer(100, 3_600_000))
 		.option('--max-pods <number>', 'capacity of the maps, when they are made', integer(1, 1_000_000), 1024)
 		.addHelpText('after', '\nExample:\n  sidestep run --pods-file /etc/sidestep/pods.yaml\n\nSIGTERM and SIGINT stop the agent and leave capture in place.')
-		.action(async (options: {podsFile: string; bpffs: string; cgroup?: string; proc: string; metricsAddress: string; resync: number; maxPods: number; nodeNetns?: string; resetOlder: boolean; acceleration?: AccelerationWish}) => {
+		.action(async (options: {podsFile: string; bpffs: string; cgroup?: string; proc: string; metricsAddress: string; resync?: number; maxPods: number; nodeNetns?: string; resetOlder: boolean; acceleration?: AccelerationWish}) => {
 			await runAgent({
 				podsFile: options.podsFile,
 				bpffs: options.bpffs,

@@ -12,9 +12,10 @@ import type {Capture} from '../redirect/capture.js';
 export interface PodSpec {
 	/** Unique; usually namespace/name. */
 	readonly name: string;
-	/** The network namespace's file, or a process in it: exactly one of the two. */
+	/** The network namespace's file, a process in it, or what looks for its file (and throws PodError): one of the three. */
 	readonly netns?: string;
 	readonly pid?: number;
+	readonly findNetns?: () => string;
 	/** The pod's addresses; read from the namespace when left out. */
 	readonly ips?: readonly string[];
 	readonly wish: Wish;
@@ -24,6 +25,8 @@ export interface PodSpec {
 export type Wish =
 	| {readonly capture: Capture; readonly warnings: readonly string[]}
 	| {readonly leave: string}
+	/** Nothing can be done yet, and what was done before stays. */
+	| {readonly waiting: string}
 	| {readonly refused: InputError};
 
 const NAME_MAX_BYTES = 319;

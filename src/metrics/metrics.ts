@@ -1,7 +1,7 @@
 /**
 What the agent tells Prometheus. Everything of the datapath is read from the kernel at scrape time.
 */
-import {Counter, Gauge, Registry} from 'prom-client';
+import {Counter, Gauge, Histogram, Registry} from 'prom-client';
 import type {Datapath} from '../loader/datapath.js';
 import {packageVersion} from '../loader/object.js';
 import {UNWALKABLE, sumCounters, sumTraffic} from '../maps/schema.js';
@@ -33,10 +33,15 @@ export class Metrics {
 	readonly #errors = new Counter({name: 'sidestep_reconcile_errors_total', help: 'Errors of the control loop, by what they concern', labelNames: ['kind'], registers: [this.registry]});
 	readonly #duration = new Gauge({name: 'sidestep_reconcile_duration_seconds', help: 'How long the last round took', registers: [this.registry]});
 	readonly #last = new Gauge({name: 'sidestep_reconcile_timestamp_seconds', help: 'When the last round ended (Unix time)', registers: [this.registry]});
-	readonly #lag = new Gauge({name: 'sidestep_reconcile_lag_seconds', help: 'From the last change of the pods file to the end of the round that carried it out', registers: [this.registry]});
-	readonly #pods = new Gauge({name: 'sidestep_pods', help: 'Pods in the pods file, by state', labelNames: ['state'], registers: [this.registry]});
+	readonly #lag = new Histogram({name: 'sidestep_reconcile_lag_seconds', help: 'From hearing of a change to the end of the round that carried it out', buckets: [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5], registers: [this.registry]});
+	readonly #counted = new WeakSet<Error>();
+	readonly #pods = new Gauge({name: 'sidestep_pods', help: 'Pods there should be, by state', labelNames: ['state'], registers: [this.registry]});
 
 	constructor(datapath: Datapath) {
+		for (const kind of ['pod', 'round', 'pods_file']) {
+			this.#errors.inc({kind}, 0);
+		}
+
 		const {registry} = this;
 		const {schema, maps, rawMaps, programs} = datapath;
 		new Gauge({name: 'sidestep_build_info', help: 'Always 1', labelNames: ['version', 'layout'], registers: [registry]})
@@ -127,11 +132,18 @@ export class Metrics {
 	/** @param lagMs - since the change that asked for the round; undefined for a periodic one. */
 	recordRound(round: Round, durationMs: number, lagMs: number | undefined): void {
 		this.#rounds.inc({result: round.failures.size === 0 ? 'ok' : 'error'});
-		this.#errors.inc({kind: 'pod'}, round.failures.size);
+		for (const error of round.failures.values()) {
+			// It stays the same one until the pod is looked at again.
+			if (!this.#counted.has(error)) {
+				this.#counted.add(error);
+				this.#errors.inc({kind: 'pod'});
+			}
+		}
+
 		this.#duration.set(durationMs / 1000);
 		this.#last.setToCurrentTime();
 		if (lagMs !== undefined) {
-			this.#lag.set(lagMs / 1000);
+			this.#lag.observe(lagMs / 1000);
 		}
 
 		this.#pods.set({state: 'enrolled'}, round.enrolled.length);

@@ -21,10 +21,8 @@ const NETNS_DIRECTORY = '/run/netns';
 const CGROUP_LEVELS = 32;
 
 /** A namespace's name, and its identity while it had that name. */
-export interface NetnsFile {
+export interface NetnsFile extends NetnsIdentity {
 	readonly path: string;
-	readonly device: bigint;
-	readonly inode: bigint;
 }
 
 /** @returns undefined when it is gone, or the name is another's by now. */
@@ -58,7 +56,7 @@ export interface OpenedPod {
 @throws PodError
 */
 export function openPod(spec: PodSpec, capture: Capture, proc: string): OpenedPod {
-	const file = spec.netns ?? path.join(proc, String(spec.pid), 'ns/net');
+	const file = spec.findNetns?.() ?? spec.netns ?? path.join(proc, String(spec.pid), 'ns/net');
 	const netns = openNetns(spec, file);
 	try {
 		refuseHost(spec, netns, proc);
@@ -89,30 +87,67 @@ function readFacts(spec: PodSpec, capture: Capture, netns: NetNs): PodFacts {
 	};
 }
 
+export interface NetnsIdentity {
+	readonly device: bigint;
+	readonly inode: bigint;
+}
+
 /**
-Where to find the namespace that a pod had: by its identity, as what the pods file said is gone by then. Through any process that lives in it, or a name
+Where to find the namespace that a pod had: by its identity, as what was said about it is gone by then. Through any process that lives in it, or a name
 below /run/netns.
 
 @returns undefined when nobody has it, so that it is about to end.
 */
-export function findNetns(proc: string, {device, inode}: {readonly device: bigint; readonly inode: bigint}): NetNs | undefined {
+export function findNetns(proc: string, identity: NetnsIdentity): NetNs | undefined {
+	return scanNetns(proc).open(identity);
+}
+
+/** What {@link findNetns} finds, for many: looked for once. */
+export interface NetnsScan {
+	/** Names of it, /run/netns first. */
+	files(identity: NetnsIdentity): readonly string[];
+	open(identity: NetnsIdentity): NetNs | undefined;
+	/** Some could not be looked at: that one is not found says nothing. */
+	readonly isPartial: boolean;
+}
+
+export function scanNetns(proc: string): NetnsScan {
 	const names = (directory: string) => existsSync(directory) ? readdirSync(directory) : [];
-	const candidates = [
+	const found = new Map<string, string[]>();
+	let isPartial = false;
+	for (const file of [
 		...names(NETNS_DIRECTORY).map(name => path.join(NETNS_DIRECTORY, name)),
 		...names(proc).filter(name => /^\d+$/.test(name)).map(pid => path.join(proc, pid, 'ns/net')),
-	];
-	for (const file of candidates) {
+	]) {
 		try {
 			const {dev, ino} = statSync(file, {bigint: true});
-			if (dev === device && ino === inode) {
-				return native.openNetns(file);
+			const id = `${dev} ${ino}`;
+			const others = found.get(id);
+			if (others) {
+				others.push(file);
+			} else {
+				found.set(id, [file]);
 			}
-		} catch {
-			// It ended meanwhile, or may not be looked at.
+		} catch (error) {
+			isPartial ||= hasErrno(error, 'EACCES', 'EPERM');
 		}
 	}
 
-	return undefined;
+	const files = ({device, inode}: NetnsIdentity) => found.get(`${device} ${inode}`) ?? [];
+	return {
+		files,
+		isPartial,
+		open(identity) {
+			for (const file of files(identity)) {
+				const netns = reopenNetns({path: file, ...identity});
+				if (netns) {
+					return netns;
+				}
+			}
+
+			return undefined;
+		},
+	};
 }
 
 /** The node's own namespace: of process 1, or, where nobody may look at that, the one this process lives in, as with hostNetwork. */
@@ -147,20 +182,25 @@ function openNetns(spec: PodSpec, file: string): NetNs {
 
 /** The host's own connections must never be captured: kubelet, the runtime and node proxies live there. */
 function refuseHost(spec: PodSpec, netns: NetNs, proc: string): void {
-	for (const open of [() => openNodeNetns(proc), () => native.openNetns(path.join(proc, 'self/ns/net'))]) {
-		let host: NetNs;
-		try {
-			host = open();
-		} catch (error) {
-			throw new PodError(spec.name, `cannot tell its namespace from the host's (${reasonOf(error)}): give the host's /proc by --proc`, {cause: error});
-		}
-
-		const same = host.inode === netns.inode && host.device === netns.device;
-		host.close();
-		if (same) {
-			throw new PodError(spec.name, 'its network namespace is the host\'s own, which is never captured: pods with hostNetwork cannot be enrolled');
-		}
+	let isHost: boolean;
+	try {
+		isHost = isHostNetns(netns, proc);
+	} catch (error) {
+		throw new PodError(spec.name, `cannot tell its namespace from the host's (${reasonOf(error)}): give the host's /proc by --proc`, {cause: error});
 	}
+
+	if (isHost) {
+		throw new PodError(spec.name, 'its network namespace is the host\'s own, which is never captured: pods with hostNetwork cannot be enrolled');
+	}
+}
+
+/** Whether it is the node's, or the one that this process lives in. */
+export function isHostNetns(netns: NetNs, proc: string): boolean {
+	return [() => openNodeNetns(proc), () => native.openNetns('/proc/self/ns/net')].some(open => {
+		const host = open();
+		host.close();
+		return host.inode === netns.inode && host.device === netns.device;
+	});
 }
 
 function cgroupFacts(spec: PodSpec, directory: string): {readonly id: bigint; readonly level: number} {

@@ -1,16 +1,20 @@
 /**
-One round of the control loop: make the kernel equal to what the pods should have. Holds no state: each round starts from the maps.
+Makes the kernel equal to what the pods should have.
+
+The kernel's maps are read at the first round and whenever the caller asks; in between, a copy is kept, so that one pod's change costs what that pod has. A pod's
+namespace is opened only when the pod is due.
 */
 import type {PodSpec} from '../config/pods-file.js';
-import {AgentError, PodError, hasErrno, reasonOf} from '../errors.js';
+import {AgentError, PodError, reasonOf} from '../errors.js';
 import type {Datapath} from '../loader/datapath.js';
-import {POD_INBOUND, POD_KEEP_SOURCE, type AddressKey, type NetnsCookie, type PodInfo} from '../maps/schema.js';
-import {applyChange, readKernelState} from '../redirect/apply.js';
-import {plan, type Change} from '../redirect/plan.js';
+import {POD_INBOUND, POD_KEEP_SOURCE, type NetnsCookie, type PodInfo} from '../maps/schema.js';
+import {applyChange, readKernel} from '../redirect/apply.js';
+import {addressId, plan, type Change, type KernelIndex} from '../redirect/plan.js';
 import {compilePolicy, type PodPolicy} from '../redirect/policy.js';
-import {findNetns, openPod, type NetnsFile, type OpenedPod} from './facts.js';
+import {openPod, scanNetns, type NetnsFile, type NetnsIdentity, type NetnsScan, type OpenedPod} from './facts.js';
 import {KEEPS_SOURCES, prepareNamespace, restoreNamespace} from './namespace.js';
 import {readSockets, resetAccelerated, resetKeptSources, resetMissed} from './sockets.js';
+import type {NetNs} from '../native.js';
 
 export interface Round {
 	/** Names of the pods that are enrolled as they should be. */
@@ -23,6 +27,8 @@ export interface Round {
 	readonly notes: readonly string[];
 	/** Where the enrolled pods' namespaces are. */
 	readonly namespaces: ReadonlyMap<NetnsCookie, NetnsFile>;
+	/** Names of those that were looked at. */
+	readonly looked: ReadonlySet<string>;
 }
 
 export interface RoundOptions {
@@ -32,119 +38,261 @@ export interface RoundOptions {
 	readonly resetOlder: boolean;
 }
 
-/** A pod that fails does not hold up the others, and what the kernel has for it stays as it is: an error never takes a pod out of capture. */
-export function reconcile(datapath: Datapath, specs: readonly PodSpec[], options: RoundOptions): Round {
-	const failures = new Map<string, Error>();
-	const opened = openPods(specs, options.proc, failures);
-	try {
-		return new Turn(datapath, options, failures).run(compilePolicies(opened, failures));
-	} finally {
-		for (const {netns} of opened) {
-			netns.close();
-		}
-	}
+/** A pod as it was when it was last looked at. */
+interface Known {
+	readonly spec: PodSpec;
+	readonly policy: PodPolicy;
+	readonly file: NetnsFile;
+	/** What it excludes and does not have. */
+	readonly missingInterfaces: readonly string[];
+	/** Its policy without the addresses that are another's, as last written. */
+	written?: PodPolicy;
 }
 
-interface Wanted {
-	readonly policy: PodPolicy;
-	readonly pod: OpenedPod;
+/** A pod that fails does not hold up the others, and what the kernel has for it stays as it is: an error never takes a pod out of capture. */
+export class Reconciler {
+	#kernel: KernelIndex | undefined;
+	readonly #known = new Map<string, Known>();
+	readonly #failures = new Map<string, Error>();
+
+	constructor(readonly datapath: Datapath, readonly options: RoundOptions) {}
+
+	/** @returns undefined for a pod that is not enrolled as it should be. */
+	namespaceOf(name: string): NetnsFile | undefined {
+		return this.#failures.has(name) ? undefined : this.#known.get(name)?.file;
+	}
+
+	/**
+	@param specs - all pods there should be, by name. The kernel's entries of other names go.
+	@param due - those that are looked at now; of the others, what is known of them holds, and of those never looked at, what the kernel has.
+	@param reread - compare with what the maps hold now, in case somebody else wrote there.
+	@throws the kernel's error when the maps cannot be read; the next round reads them again.
+	*/
+	round(specs: ReadonlyMap<string, PodSpec>, due: ReadonlySet<string>, reread: boolean): Round {
+		const isFresh = reread || this.#kernel === undefined;
+		if (isFresh) {
+			this.#kernel = undefined;
+			this.#kernel = readKernel(this.datapath.maps);
+		}
+
+		const opened = new Map<string, OpenedPod>();
+		try {
+			this.#look(specs, due, opened);
+			const rivals = this.#rivalsOf(due);
+			this.#look(specs, rivals, opened);
+			return new Turn(this.datapath, this.options, this.#kernel!, this.#known, this.#failures, specs, new Set([...due, ...rivals])).run(opened, isFresh);
+		} catch (error) {
+			this.#kernel = undefined;
+			throw error;
+		} finally {
+			for (const {netns} of opened.values()) {
+				netns.close();
+			}
+		}
+	}
+
+	/** Brings what is known of these pods up to date, and adds those that have a namespace to `opened`. */
+	#look(specs: ReadonlyMap<string, PodSpec>, due: ReadonlySet<string>, opened: Map<string, OpenedPod>): void {
+		for (const name of [...this.#known.keys(), ...this.#failures.keys()]) {
+			if (!specs.has(name) || due.has(name)) {
+				this.#known.delete(name);
+				this.#failures.delete(name);
+			}
+		}
+
+		for (const name of due) {
+			const spec = specs.get(name);
+			try {
+				if (spec && 'refused' in spec.wish) {
+					throw new PodError(name, spec.wish.refused.message, {cause: spec.wish.refused});
+				}
+
+				if (spec && 'capture' in spec.wish) {
+					opened.set(name, openPod(spec, spec.wish.capture, this.options.proc));
+				}
+			} catch (error) {
+				this.#failures.set(name, asPodError(name, error));
+			}
+		}
+
+		const byCookie = new Map([...this.#known].map(([name, {policy}]) => [policy.cookie, name]));
+		for (const [name, {facts}] of opened) {
+			const twin = byCookie.get(facts.cookie);
+			byCookie.set(facts.cookie, name);
+			if (twin !== undefined && twin !== name) {
+				// Which of two is right cannot be known, so neither is changed.
+				for (const [one, other] of [[name, twin], [twin, name]] as const) {
+					this.#failures.set(one, new PodError(one, `it has the same network namespace as pod ${other}: take one of them out of the pods file`));
+					this.#known.delete(one);
+				}
+			}
+		}
+
+		for (const [name, {spec, capture, facts, file}] of opened) {
+			try {
+				if (due.has(name) && !this.#failures.has(name)) {
+					const policy = compilePolicy({name, ...(spec.ips ? {ips: spec.ips} : {}), capture}, facts);
+					this.#known.set(name, {spec, policy, file, missingInterfaces: capture.excludeInterfaces.filter(wanted => !facts.interfaces.some(other => other.name === wanted))});
+				}
+			} catch (error) {
+				this.#failures.set(name, asPodError(name, error));
+			}
+		}
+	}
+
+	/** Pods that were not looked at, and have an address of one that was: perhaps their namespace has ended, and the address was given out again. */
+	#rivalsOf(due: ReadonlySet<string>): ReadonlySet<string> {
+		const claimed = new Set([...due].flatMap(name => this.#known.get(name)?.policy.addresses ?? []).map(key => addressId(key)));
+		return new Set([...this.#known].filter(([name, {policy}]) => !due.has(name) && policy.addresses.some(key => claimed.has(addressId(key)))).map(([name]) => name));
+	}
 }
 
 class Turn {
 	readonly #changes: string[] = [];
 	readonly #notes: string[] = [];
+	#scan: NetnsScan | undefined;
 
-	constructor(readonly datapath: Datapath, readonly options: RoundOptions, readonly failures: Map<string, Error>) {}
+	constructor(
+		readonly datapath: Datapath,
+		readonly options: RoundOptions,
+		readonly kernel: KernelIndex,
+		readonly known: ReadonlyMap<string, Known>,
+		readonly failures: Map<string, Error>,
+		readonly specs: ReadonlyMap<string, PodSpec>,
+		readonly due: ReadonlySet<string>,
+	) {}
 
-	run(all: readonly Wanted[]): Round {
-		const actual = readKernelState(this.datapath.maps);
-		const keep = new Set<NetnsCookie>([...actual.infos].filter(([, info]) => this.failures.has(info.name) && !this.#hasEnded(info)).map(([cookie]) => cookie));
-		const wanted = this.#divideAddresses(all, new Map(actual.addresses.filter(([, cookie]) => keep.has(cookie)).map(([key, cookie]) => [addressId(key), actual.infos.get(cookie)?.name ?? ''])));
+	run(opened: ReadonlyMap<string, OpenedPod>, isFresh: boolean): Round {
+		const {kernel, known, failures, due} = this;
+		const own = new Map([...known.values()].map(({policy}) => [policy.cookie, policy]));
+		const keep = new Set([...kernel.infos].filter(([cookie, info]) => !own.has(cookie) && this.#isKept(cookie, info, opened)).map(([cookie]) => cookie));
+		const owners = kernel.owners(keep);
+		const divided = this.#divideAddresses(new Map([...owners].map(([id, cookie]) => [id, kernel.infos.get(cookie)?.name ?? ''])));
 
-		const steered = this.datapath.steeredPods();
-		const inbound = new Set(wanted.filter(({policy}) => policy.pod.flags & POD_INBOUND).map(({policy}) => policy.cookie));
+		const steered = new Set(this.datapath.steeredPods());
 		for (const cookie of steered) {
 			// Before its entries go: a link without them refuses everything.
-			if (!inbound.has(cookie) && !keep.has(cookie)) {
+			if (((own.get(cookie)?.pod.flags ?? 0) & POD_INBOUND) === 0 && !keep.has(cookie)) {
 				this.datapath.unsteer(cookie);
 			}
 		}
 
-		for (const change of plan(actual, wanted.map(({policy}) => policy), keep)) {
+		const touched = [...divided].filter(([name, policy]) => isFresh || due.has(name) || !hasSameAddresses(known.get(name)!.written, policy));
+		const before = new Map(touched.map(([, {cookie}]) => [cookie, kernel.pods.get(cookie)]));
+		for (const change of plan(kernel, touched.map(([, policy]) => policy), new Set([...keep, ...own.keys()]))) {
 			if (change.kind === 'remove') {
-				this.#restore(change.pod, actual.infos.get(change.cookie));
+				this.#restore(change.pod, kernel.infos.get(change.cookie));
 			}
 
 			this.#apply(change);
 		}
 
-		for (const {policy, pod} of wanted) {
-			this.#notes.push(...pod.capture.excludeInterfaces.filter(name => !pod.facts.interfaces.some(other => other.name === name)).map(name => `pod ${policy.info.name} excludes the interface ${name}, which it does not have`));
-			if (!this.failures.has(policy.info.name)) {
-				const before = actual.pods.get(policy.cookie);
-				this.#finish(policy, pod, {isNew: !before, isSteered: steered.includes(policy.cookie), losesSources: ((before?.flags ?? 0) & ~policy.pod.flags & POD_KEEP_SOURCE) !== 0});
+		for (const [name, policy] of touched) {
+			known.get(name)!.written = policy;
+			const pod = opened.get(name);
+			if (pod && !failures.has(name)) {
+				const was = before.get(policy.cookie);
+				this.#finish(policy, pod, {isNew: !was, isSteered: steered.has(policy.cookie), losesSources: ((was?.flags ?? 0) & ~policy.pod.flags & POD_KEEP_SOURCE) !== 0});
 			}
 		}
 
-		return {enrolled: wanted.map(({policy}) => policy.info.name).filter(name => !this.failures.has(name)), failures: this.failures, changes: this.#changes, notes: this.#notes, namespaces: new Map(wanted.map(({policy, pod}) => [policy.cookie, pod.file]))};
+		for (const [name, {missingInterfaces}] of known) {
+			this.#notes.push(...missingInterfaces.map(missing => `pod ${name} excludes the interface ${missing}, which it does not have`));
+		}
+
+		const enrolled = [...known.keys()].filter(name => !failures.has(name));
+		return {
+			enrolled,
+			failures: new Map(failures),
+			looked: due,
+			changes: this.#changes,
+			notes: this.#notes,
+			namespaces: new Map(enrolled.map(name => [known.get(name)!.policy.cookie, known.get(name)!.file])),
+		};
 	}
 
-	/** Its namespace is gone, and not only not to be read. */
-	#hasEnded({name, netnsDevice, netnsInode}: PodInfo): boolean {
-		if (!hasErrno(this.failures.get(name)?.cause, 'ENOENT', 'ESRCH')) {
+	/** The kernel's entries for a pod of which nothing is known stay while its namespace lives; not to be able to look is no reason to take them away. */
+	#isKept(cookie: NetnsCookie, {name, netnsDevice, netnsInode}: PodInfo, opened: ReadonlyMap<string, OpenedPod>): boolean {
+		const spec = this.specs.get(name);
+		if (!spec || this.known.has(name) || 'leave' in spec.wish) {
 			return false;
 		}
 
-		const netns = findNetns(this.options.proc, {device: netnsDevice, inode: netnsInode});
+		if (!this.due.has(name) || opened.get(name)?.facts.cookie === cookie) {
+			return true;
+		}
+
+		const netns = this.#find({device: netnsDevice, inode: netnsInode});
 		netns?.close();
-		return netns === undefined;
+		return netns !== undefined || this.#scan!.isPartial;
+	}
+
+	#find(identity: NetnsIdentity): NetNs | undefined {
+		this.#scan ??= scanNetns(this.options.proc);
+		return this.#scan.open(identity);
 	}
 
 	/**
 	What arrives for an address that two pods have cannot be told apart: it is the pod's that names it in `ips`, if only one does; else nobody's, and refused.
 
 	@param kept - addresses, by {@link addressId}, of pods that stay as they are, and their names.
+	@returns the known pods' policies, each without what is another's.
 	*/
-	#divideAddresses(all: readonly Wanted[], kept: ReadonlyMap<string, string>): readonly Wanted[] {
-		const claims = new Map<string, Wanted[]>();
-		for (const one of all) {
-			for (const key of one.policy.addresses) {
+	#divideAddresses(kept: ReadonlyMap<string, string>): ReadonlyMap<string, PodPolicy> {
+		const claims = new Map<string, string[]>();
+		for (const [name, {policy}] of this.known) {
+			for (const key of policy.addresses) {
 				const id = addressId(key);
-				claims.set(id, [...claims.get(id) ?? [], one]);
+				const claimants = claims.get(id);
+				if (claimants) {
+					claimants.push(name);
+				} else {
+					claims.set(id, [name]);
+				}
 			}
 		}
 
-		const lost = new Map<Wanted, Set<string>>();
+		const lost = new Map<string, Set<string>>();
 		for (const [id, claimants] of claims) {
 			const owner = kept.get(id);
 			if (claimants.length === 1 && owner === undefined) {
 				continue;
 			}
 
-			const named = claimants.filter(({pod}) => pod.spec.ips?.includes(id.split('/', 1)[0]!));
+			const named = claimants.filter(name => this.known.get(name)!.spec.ips?.includes(id.split('/', 1)[0]!));
 			const winner = owner === undefined && named.length === 1 ? named[0] : undefined;
-			for (const one of claimants.filter(candidate => candidate !== winner)) {
-				lost.set(one, (lost.get(one) ?? new Set()).add(id));
+			for (const name of claimants.filter(candidate => candidate !== winner)) {
+				lost.set(name, (lost.get(name) ?? new Set()).add(id));
 			}
 
-			const names = [...claimants.map(({policy}) => policy.info.name), ...(owner === undefined ? [] : [owner])];
-			this.#notes.push(`pods ${names.join(', ')} have the same address ${id}: what arrives for it is ${winner ? `taken to be for ${winner.policy.info.name}, which names it in ips` : owner === undefined ? 'refused; name each pod\'s own in ips' : `taken to be for ${owner}`}`);
+			const names = [...claimants, ...(owner === undefined ? [] : [owner])];
+			this.#notes.push(`pods ${names.join(', ')} have the same address ${id}: what arrives for it is ${winner !== undefined ? `taken to be for ${winner}, which names it in ips` : owner === undefined ? 'refused; name each pod\'s own in ips' : `taken to be for ${owner}`}`);
 		}
 
-		return all.map(one => {
-			const ids = lost.get(one);
-			return ids ? {...one, policy: {...one.policy, addresses: one.policy.addresses.filter(key => !ids.has(addressId(key)))}} : one;
-		});
+		return new Map([...this.known].map(([name, {policy}]) => {
+			const ids = lost.get(name);
+			return [name, ids ? {...policy, addresses: policy.addresses.filter(key => !ids.has(addressId(key)))} : policy];
+		}));
 	}
 
 	#apply(change: Change): void {
 		try {
 			applyChange(this.datapath, change);
+			this.kernel.record(change);
+			this.#reread(change.cookie);
 			this.#changes.push(describe(change));
 		} catch (error) {
-			this.#fail(change.pod, error instanceof AgentError
+			this.failures.set(change.pod, error instanceof AgentError
 				? new PodError(change.pod, `${error.message}; nothing was changed for it`, {cause: error})
 				: new PodError(change.pod, `the kernel refused to ${change.kind} it (${reasonOf(error)}); nothing was changed for it`, {cause: error}));
+		}
+	}
+
+	/** What is written about a pod is more than a step says: since when, and what was changed in its namespace. */
+	#reread(cookie: NetnsCookie): void {
+		const info = this.datapath.maps.podInfo.get(cookie);
+		if (info) {
+			this.kernel.infos.set(cookie, info);
 		}
 	}
 
@@ -157,8 +305,11 @@ class Turn {
 				resetKeptSources(readSockets(datapath, netns), netns);
 			}
 
-			if (prepareNamespace(datapath.maps, policy, netns, options.proc) && !isNew) {
-				this.#changes.push(`restore the namespace settings of ${name}`);
+			if (prepareNamespace(datapath.maps, policy, netns, options.proc)) {
+				this.#reread(policy.cookie);
+				if (!isNew) {
+					this.#changes.push(`restore the namespace settings of ${name}`);
+				}
 			}
 
 			if (policy.pod.flags & POD_INBOUND) {
@@ -175,7 +326,7 @@ class Turn {
 				}
 			}
 		} catch (error) {
-			this.#fail(name, new PodError(name, `its outbound traffic is captured, but its namespace could not be set up (${reasonOf(error)}): tried again at the next resync`, {cause: error}));
+			this.failures.set(name, new PodError(name, `its outbound traffic is captured, but its namespace could not be set up (${reasonOf(error)}): tried again soon`, {cause: error}));
 		}
 	}
 
@@ -185,14 +336,10 @@ class Turn {
 		}
 
 		try {
-			leaveNamespace(this.datapath, info, this.options.proc);
+			leaveNamespace(this.datapath, info, this.options.proc, identity => this.#find(identity));
 		} catch (error) {
-			this.#fail(name, new PodError(name, `it is not captured any more, but settings in its namespace could not be taken back (${reasonOf(error)})`, {cause: error}));
+			this.failures.set(name, new PodError(name, `it is not captured any more, but settings in its namespace could not be taken back (${reasonOf(error)})`, {cause: error}));
 		}
-	}
-
-	#fail(name: string, error: Error): void {
-		this.failures.set(name, error);
 	}
 }
 
@@ -207,9 +354,10 @@ export function leaveNamespaces(datapath: Datapath, proc: string): readonly PodE
 		datapath.unsteer(cookie);
 	}
 
+	const scan = scanNetns(proc);
 	return datapath.maps.podInfo.entries().flatMap(([, info]) => {
 		try {
-			leaveNamespace(datapath, info, proc, true);
+			leaveNamespace(datapath, info, proc, identity => scan.open(identity), true);
 			return [];
 		} catch (error) {
 			return [new PodError(info.name, `not everything in its namespace could be taken back (${reasonOf(error)})`, {cause: error})];
@@ -218,8 +366,8 @@ export function leaveNamespaces(datapath: Datapath, proc: string): readonly PodE
 }
 
 /** Does nothing when the namespace is not found: it is about to end. */
-function leaveNamespace(datapath: Datapath, {netnsDevice, netnsInode, namespaceChanges}: PodInfo, proc: string, isUnload = false): void {
-	const netns = namespaceChanges === 0 && !isUnload ? undefined : findNetns(proc, {device: netnsDevice, inode: netnsInode});
+function leaveNamespace(datapath: Datapath, {netnsDevice, netnsInode, namespaceChanges}: PodInfo, proc: string, find: (identity: NetnsIdentity) => NetNs | undefined, isUnload = false): void {
+	const netns = namespaceChanges === 0 && !isUnload ? undefined : find({device: netnsDevice, inode: netnsInode});
 	try {
 		if (netns) {
 			const sockets = readSockets(datapath, netns);
@@ -238,48 +386,11 @@ function leaveNamespace(datapath: Datapath, {netnsDevice, netnsInode, namespaceC
 	}
 }
 
-function openPods(specs: readonly PodSpec[], proc: string, failures: Map<string, Error>): readonly OpenedPod[] {
-	const opened: OpenedPod[] = [];
-	for (const spec of specs) {
-		try {
-			if ('refused' in spec.wish) {
-				throw new PodError(spec.name, spec.wish.refused.message, {cause: spec.wish.refused});
-			}
-
-			if ('capture' in spec.wish) {
-				opened.push(openPod(spec, spec.wish.capture, proc));
-			}
-		} catch (error) {
-			failures.set(spec.name, asPodError(spec, error));
-		}
-	}
-
-	return opened;
+function hasSameAddresses(one: PodPolicy | undefined, other: PodPolicy): boolean {
+	return one !== undefined && one.addresses.length === other.addresses.length && one.addresses.every((key, index) => addressId(key) === addressId(other.addresses[index]!));
 }
 
-function compilePolicies(opened: readonly OpenedPod[], failures: Map<string, Error>): readonly Wanted[] {
-	const wanted: Wanted[] = [];
-	for (const pod of opened) {
-		const {spec, capture, facts} = pod;
-		// Which of two is right cannot be known, so neither is changed.
-		const twin = opened.find(other => other !== pod && other.facts.cookie === facts.cookie);
-		try {
-			if (twin) {
-				throw new PodError(spec.name, `it has the same network namespace as pod ${twin.spec.name}: take one of them out of the pods file`);
-			}
-
-			wanted.push({policy: compilePolicy({name: spec.name, ...(spec.ips ? {ips: spec.ips} : {}), capture}, facts), pod});
-		} catch (error) {
-			failures.set(spec.name, asPodError(spec, error));
-		}
-	}
-
-	return wanted;
-}
-
-const addressId = ({address, bits}: AddressKey) => `${address}/${bits}`;
-
-function asPodError({name}: PodSpec, error: unknown): Error {
+function asPodError(name: string, error: unknown): Error {
 	return error instanceof PodError ? error : new PodError(name, reasonOf(error), {cause: error});
 }
 

@@ -54,6 +54,7 @@ const INTERCEPTION_MODE = 'sidecar.istio.io/interceptionMode';
 const EXCLUDE_INBOUND_PORTS = 'traffic.sidecar.istio.io/excludeInboundPorts';
 const REROUTE = 'istio.io/reroute-virtual-interfaces';
 const PROXY_CONFIG = 'proxy.istio.io/config';
+const ACCELERATION = 'sidestep.io/acceleration';
 const DNS_CAPTURE = 'ISTIO_META_DNS_CAPTURE';
 
 /** Annotations of a mode: all names that Istio defines under a prefix. */
@@ -86,6 +87,20 @@ export function decideEnrolment(pod: PodMetadata, defaults: NodeDefaults): Enrol
 	const mode = hasSidecar(pod) ? 'sidecar' : 'ambient';
 	const capture = mode === 'sidecar' ? sidecarCapture(pod, defaults) : ambientCapture(pod, defaults);
 	return {enrol: true, capture, warnings: warningsOf(pod, capture)};
+}
+
+/**
+What the pod says about its bytes; `auto` when it says nothing.
+
+@throws InputError for another word.
+*/
+export function accelerationOf({name, annotations}: Pick<PodMetadata, 'name' | 'annotations'>): 'off' | 'auto' | 'on' {
+	const text = annotations[ACCELERATION] ?? 'auto';
+	if (text !== 'off' && text !== 'auto' && text !== 'on') {
+		throw new InputError(`pod ${name}: annotation ${ACCELERATION}`, `expected off, auto or on, got ${quote(text)}`);
+	}
+
+	return text;
 }
 
 /** @throws InputError as {@link decideEnrolment}. */

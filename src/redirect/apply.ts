@@ -3,10 +3,10 @@ Carries a plan out on the kernel's maps.
 */
 import type {Datapath} from '../loader/datapath.js';
 import type {Counters, Maps, Traffic} from '../maps/schema.js';
-import type {Change, KernelState, Step} from './plan.js';
+import {KernelIndex, type Change, type Step} from './plan.js';
 
-export function readKernelState({pods, podInfo, counters, prefixes, ports, exemptions, addresses}: Maps): KernelState {
-	return {
+export function readKernel({pods, podInfo, counters, prefixes, ports, exemptions, addresses}: Maps): KernelIndex {
+	return new KernelIndex({
 		pods: new Map(pods.entries()),
 		infos: new Map(podInfo.entries()),
 		counters: new Set(counters.entriesPerCpu().map(([cookie]) => cookie)),
@@ -14,7 +14,7 @@ export function readKernelState({pods, podInfo, counters, prefixes, ports, exemp
 		ports: ports.entries(),
 		addresses: addresses.entries(),
 		exemptions: exemptions.entries().map(([key]) => key),
-	};
+	});
 }
 
 /**

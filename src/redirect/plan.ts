@@ -15,11 +15,15 @@ export interface KernelState {
 	readonly addresses: ReadonlyArray<readonly [AddressKey, NetnsCookie]>;
 }
 
-export type Step =
-	| {readonly do: 'put port'; readonly key: PortKey; readonly value: PortValue}
-	| {readonly do: 'put address'; readonly key: AddressKey; readonly cookie: NetnsCookie}
+/** Writes one entry of a policy's lists. */
+type ListStep =
 	| {readonly do: 'put prefix'; readonly key: PrefixKey; readonly value: PrefixValue}
-	| {readonly do: 'put exemption'; readonly key: ExemptionKey}
+	| {readonly do: 'put port'; readonly key: PortKey; readonly value: PortValue}
+	| {readonly do: 'put exemption'; readonly key: ExemptionKey};
+
+export type Step =
+	| ListStep
+	| {readonly do: 'put address'; readonly key: AddressKey; readonly cookie: NetnsCookie}
 	| {readonly do: 'put counters'; readonly cookie: NetnsCookie}
 	| {readonly do: 'put info'; readonly cookie: NetnsCookie; readonly info: PodPolicy['info']}
 	| {readonly do: 'put pod'; readonly cookie: NetnsCookie; readonly pod: PodValue}
@@ -40,60 +44,199 @@ export interface Change {
 }
 
 /**
+What the kernel holds, by pod and by policy, so that a change of one pod costs what that pod has. Kept equal to the maps by {@link KernelIndex.record}; what somebody else
+writes meanwhile, only a new one shows.
+*/
+export class KernelIndex {
+	readonly pods: Map<NetnsCookie, PodValue>;
+	readonly infos: Map<NetnsCookie, PodInfo>;
+	readonly counters: Set<NetnsCookie>;
+	readonly #addresses = new Map<NetnsCookie, Map<string, AddressKey>>();
+	readonly #lists = new Map<number, Map<string, {readonly flags: number; readonly deletion: Step}>>();
+	#lastPolicy = 0;
+
+	constructor({pods, infos, counters, prefixes, ports, exemptions, addresses}: KernelState) {
+		this.pods = new Map(pods);
+		this.infos = new Map(infos);
+		this.counters = new Set(counters);
+		for (const [key, cookie] of addresses) {
+			inner(this.#addresses, cookie).set(addressId(key), key);
+		}
+
+		for (const [key, value] of prefixes) {
+			this.#put({do: 'put prefix', key, value});
+		}
+
+		for (const [key, value] of ports) {
+			this.#put({do: 'put port', key, value});
+		}
+
+		for (const key of exemptions) {
+			this.#put({do: 'put exemption', key});
+		}
+
+		this.#lastPolicy = Math.max(0, ...[...pods.values()].map(({policy}) => policy), ...this.#lists.keys());
+	}
+
+	/** A policy id that neither a pod nor a left-over list entry uses. */
+	freshPolicy(): number {
+		const used = new Set([...this.pods.values()].map(({policy}) => policy));
+		do {
+			this.#lastPolicy = this.#lastPolicy >= 0xff_ff_ff_ff ? 1 : this.#lastPolicy + 1;
+		} while (used.has(this.#lastPolicy) || this.#lists.has(this.#lastPolicy));
+
+		return this.#lastPolicy;
+	}
+
+	addressesOf(cookie: NetnsCookie): ReadonlyMap<string, AddressKey> {
+		return this.#addresses.get(cookie) ?? new Map();
+	}
+
+	/** Addresses, by {@link addressId}, of some pods. */
+	owners(cookies: ReadonlySet<NetnsCookie>): ReadonlyMap<string, NetnsCookie> {
+		return new Map([...cookies].flatMap(cookie => [...this.addressesOf(cookie).keys()].map(id => [id, cookie] as const)));
+	}
+
+	policies(): readonly number[] {
+		return [...this.#lists.keys()];
+	}
+
+	hasLists(policy: number, wanted: PodPolicy): boolean {
+		const entries = this.#lists.get(policy);
+		const steps = listSteps(policy, wanted);
+		return (entries?.size ?? 0) === steps.length && steps.every(step => entries!.get(listId(step.key))?.flags === flagsOf(step));
+	}
+
+	deletions(policy: number): readonly Step[] {
+		return [...this.#lists.get(policy)?.values() ?? []].map(({deletion}) => deletion);
+	}
+
+	/** That these steps were done. What is written about a pod (`infos`) the caller reads again, as it is more than the step says. */
+	record({steps}: Change): void {
+		for (const step of steps) {
+			this.#recordStep(step);
+		}
+	}
+
+	#recordStep(step: Step): void {
+		switch (step.do) {
+			case 'put prefix':
+			case 'put port':
+			case 'put exemption': {
+				this.#put(step);
+				break;
+			}
+
+			case 'delete prefix':
+			case 'delete port':
+			case 'delete exemption': {
+				const entries = this.#lists.get(step.key.policy);
+				entries?.delete(listId(step.key));
+				if (entries?.size === 0) {
+					this.#lists.delete(step.key.policy);
+				}
+
+				break;
+			}
+
+			case 'put address': {
+				for (const others of this.#addresses.values()) {
+					others.delete(addressId(step.key));
+				}
+
+				inner(this.#addresses, step.cookie).set(addressId(step.key), step.key);
+				break;
+			}
+
+			case 'delete address': {
+				for (const addresses of this.#addresses.values()) {
+					addresses.delete(addressId(step.key));
+				}
+
+				break;
+			}
+
+			case 'put counters': {
+				this.counters.add(step.cookie);
+				break;
+			}
+
+			case 'put pod': {
+				this.pods.set(step.cookie, step.pod);
+				break;
+			}
+
+			case 'delete pod': {
+				this.pods.delete(step.cookie);
+				break;
+			}
+
+			case 'delete info': {
+				this.infos.delete(step.cookie);
+				break;
+			}
+
+			case 'delete counters': {
+				this.counters.delete(step.cookie);
+				break;
+			}
+
+			case 'put info': {
+				break;
+			}
+		}
+	}
+
+	#put(step: ListStep): void {
+		inner(this.#lists, step.key.policy).set(listId(step.key), {flags: flagsOf(step), deletion: deletionOf(step)});
+	}
+}
+
+/**
 Removals come first, so that room they leave can be used. Inside a change, additions come before the one write that makes them visible, and deletions
 after the one that makes them unused.
 
-@param keep - pods that are neither desired nor to be removed now: their namespace could not be read this time.
+@param due - those of the wanted pods that may differ from what the kernel has.
+@param keep - everything else that stays: wanted pods that are as they should be, and pods whose namespace could not be read this time.
 */
-export function plan(actual: KernelState, desired: readonly PodPolicy[], keep: ReadonlySet<NetnsCookie> = new Set()): readonly Change[] {
-	const wanted = new Set(desired.map(({cookie}) => cookie));
-	const lists = new PolicyLists(actual);
-	const nextPolicy = policyIds(actual);
-
-	const removals = [...new Set([...actual.pods.keys(), ...actual.infos.keys(), ...actual.counters])]
+export function plan(kernel: KernelIndex, due: readonly PodPolicy[], keep: ReadonlySet<NetnsCookie> = new Set()): readonly Change[] {
+	const wanted = new Set(due.map(({cookie}) => cookie));
+	const removals = [...new Set([...kernel.pods.keys(), ...kernel.infos.keys(), ...kernel.counters])]
 		.filter(cookie => !wanted.has(cookie) && !keep.has(cookie))
-		.map(cookie => remove(actual, lists, cookie));
-	const changes = desired.map(policy => enrol(actual, lists, policy, nextPolicy));
+		.map(cookie => remove(kernel, cookie));
+	const changes = due.map(policy => enrol(kernel, policy));
 
-	const named = new Set([...actual.pods.values()].map(({policy}) => policy));
-	const orphans = lists.policies().filter(policy => !named.has(policy)).flatMap(policy => lists.deletions(policy));
+	const named = new Set([...kernel.pods.values()].map(({policy}) => policy));
+	const orphans = kernel.policies().filter(policy => !named.has(policy)).flatMap(policy => kernel.deletions(policy));
 	return [...removals, {kind: 'sweep' as const, pod: '', cookie: 0n, steps: orphans}, ...changes].filter(({steps}) => steps.length > 0);
 }
 
-function remove(actual: KernelState, lists: PolicyLists, cookie: NetnsCookie): Change {
-	const pod = actual.pods.get(cookie);
+function remove(kernel: KernelIndex, cookie: NetnsCookie): Change {
+	const pod = kernel.pods.get(cookie);
 	return {
 		kind: 'remove',
-		pod: actual.infos.get(cookie)?.name ?? `netns ${cookie}`,
+		pod: kernel.infos.get(cookie)?.name ?? `netns ${cookie}`,
 		cookie,
 		steps: [
 			...(pod ? [{do: 'delete pod' as const, cookie}] : []),
-			...addressesOf(actual, cookie).map(key => ({do: 'delete address' as const, key})),
-			...(pod ? lists.deletions(pod.policy) : []),
-			...(actual.counters.has(cookie) ? [{do: 'delete counters' as const, cookie}] : []),
-			...(actual.infos.has(cookie) ? [{do: 'delete info' as const, cookie}] : []),
+			...[...kernel.addressesOf(cookie).values()].map(key => ({do: 'delete address' as const, key})),
+			...(pod ? kernel.deletions(pod.policy) : []),
+			...(kernel.counters.has(cookie) ? [{do: 'delete counters' as const, cookie}] : []),
+			...(kernel.infos.has(cookie) ? [{do: 'delete info' as const, cookie}] : []),
 		],
 	};
 }
 
-function enrol(actual: KernelState, lists: PolicyLists, wanted: PodPolicy, nextPolicy: () => number): Change {
+function enrol(kernel: KernelIndex, wanted: PodPolicy): Change {
 	const {cookie} = wanted;
-	const now = actual.pods.get(cookie);
-	const info = actual.infos.get(cookie);
-	const sameLists = now !== undefined && lists.equal(now.policy, wanted);
-	const policy = sameLists ? now.policy : nextPolicy();
+	const now = kernel.pods.get(cookie);
+	const info = kernel.infos.get(cookie);
+	const sameLists = now !== undefined && kernel.hasLists(now.policy, wanted);
+	const policy = sameLists ? now.policy : kernel.freshPolicy();
 	const pod: PodValue = {policy, ...wanted.pod};
 
-	const steps: Step[] = [];
-	if (!sameLists) {
-		steps.push(
-			...wanted.prefixes.map(({address, bits, flags}): Step => ({do: 'put prefix', key: {bits: 32 + bits, policy, address}, value: {flags}})),
-			...wanted.ports.map(({port, flags}): Step => ({do: 'put port', key: {policy, port}, value: {flags}})),
-			...wanted.exemptions.map((exemption): Step => ({do: 'put exemption', key: {policy, ...exemption}})),
-		);
-	}
-
-	if (!actual.counters.has(cookie)) {
+	const steps: Step[] = sameLists ? [] : [...listSteps(policy, wanted)];
+	if (!kernel.counters.has(cookie)) {
 		steps.push({do: 'put counters', cookie});
 	}
 
@@ -101,77 +244,59 @@ function enrol(actual: KernelState, lists: PolicyLists, wanted: PodPolicy, nextP
 		steps.push({do: 'put info', cookie, info: wanted.info});
 	}
 
-	const addresses = addressesOf(actual, cookie);
-	steps.push(...wanted.addresses.filter(key => !addresses.some(there => isSame(key, there))).map((key): Step => ({do: 'put address', key, cookie})));
+	const addresses = kernel.addressesOf(cookie);
+	const wantedAddresses = new Set(wanted.addresses.map(key => addressId(key)));
+	steps.push(...wanted.addresses.filter(key => !addresses.has(addressId(key))).map((key): Step => ({do: 'put address', key, cookie})));
 
 	if (!now || !isSame(pod, now)) {
 		steps.push({do: 'put pod', cookie, pod});
 	}
 
 	if (now && !sameLists) {
-		steps.push(...lists.deletions(now.policy));
+		steps.push(...kernel.deletions(now.policy));
 	}
 
-	steps.push(...addresses.filter(key => !wanted.addresses.some(other => isSame(key, other))).map((key): Step => ({do: 'delete address', key})));
+	steps.push(...[...addresses].filter(([id]) => !wantedAddresses.has(id)).map(([, key]): Step => ({do: 'delete address', key})));
 	return {kind: now ? 'update' : 'enrol', pod: wanted.info.name, cookie, steps};
 }
 
-function addressesOf(actual: KernelState, cookie: NetnsCookie): readonly AddressKey[] {
-	return actual.addresses.filter(([, netns]) => netns === cookie).map(([key]) => key);
+/** Writes all lists of a policy. */
+function listSteps(policy: number, {prefixes, ports, exemptions}: PodPolicy): readonly ListStep[] {
+	return [
+		...prefixes.map(({address, bits, flags}): ListStep => ({do: 'put prefix', key: {bits: 32 + bits, policy, address}, value: {flags}})),
+		...ports.map(({port, flags}): ListStep => ({do: 'put port', key: {policy, port}, value: {flags}})),
+		...exemptions.map((exemption): ListStep => ({do: 'put exemption', key: {policy, ...exemption}})),
+	];
 }
 
-/** Ids that neither a pod nor a left-over list entry uses. */
-function policyIds(actual: KernelState): () => number {
-	const used = new Set([...[...actual.pods.values()].map(({policy}) => policy), ...actual.prefixes.map(([{policy}]) => policy), ...actual.ports.map(([{policy}]) => policy), ...actual.exemptions.map(({policy}) => policy)]);
-	let last = Math.max(0, ...used);
-	return () => {
-		do {
-			last = last >= 0xff_ff_ff_ff ? 1 : last + 1;
-		} while (used.has(last));
-
-		used.add(last);
-		return last;
-	};
+/** What tells an entry of a policy from its others. */
+function listId(key: ListStep['key']): string {
+	return 'bits' in key ? `${key.address}/${key.bits}` : 'port' in key ? `port ${key.port}` : `${key.kind} ${key.id}`;
 }
 
-/** The list entries in the kernel, by policy: each as its identity, and the step that takes it away. */
-class PolicyLists {
-	readonly #entries = new Map<number, Map<string, Step>>();
+function flagsOf(step: ListStep): number {
+	return step.do === 'put exemption' ? 0 : step.value.flags;
+}
 
-	constructor({prefixes, ports, exemptions}: KernelState) {
-		for (const [key, {flags}] of prefixes) {
-			inner(this.#entries, key.policy).set(prefixId(key.address, key.bits, flags), {do: 'delete prefix', key});
+function deletionOf(step: ListStep): Step {
+	switch (step.do) {
+		case 'put prefix': {
+			return {do: 'delete prefix', key: step.key};
 		}
 
-		for (const [key, {flags}] of ports) {
-			inner(this.#entries, key.policy).set(portId(key.port, flags), {do: 'delete port', key});
+		case 'put port': {
+			return {do: 'delete port', key: step.key};
 		}
 
-		for (const key of exemptions) {
-			inner(this.#entries, key.policy).set(exemptionId(key), {do: 'delete exemption', key});
+		case 'put exemption': {
+			return {do: 'delete exemption', key: step.key};
 		}
-	}
-
-	policies(): readonly number[] {
-		return [...this.#entries.keys()];
-	}
-
-	equal(policy: number, wanted: PodPolicy): boolean {
-		const entries = this.#entries.get(policy);
-		const ids = [
-			...wanted.prefixes.map(({address, bits, flags}) => prefixId(address, 32 + bits, flags)),
-			...wanted.ports.map(({port, flags}) => portId(port, flags)),
-			...wanted.exemptions.map(exemption => exemptionId(exemption)),
-		];
-		return (entries?.size ?? 0) === ids.length && ids.every(id => entries!.has(id));
-	}
-
-	deletions(policy: number): readonly Step[] {
-		return [...this.#entries.get(policy)?.values() ?? []];
 	}
 }
 
-function inner<V>(outer: Map<number, Map<string, V>>, key: number): Map<string, V> {
+export const addressId = ({address, bits}: AddressKey): string => `${address}/${bits}`;
+
+function inner<K, V>(outer: Map<K, Map<string, V>>, key: K): Map<string, V> {
 	const existing = outer.get(key);
 	if (existing) {
 		return existing;
@@ -181,10 +306,6 @@ function inner<V>(outer: Map<number, Map<string, V>>, key: number): Map<string, 
 	outer.set(key, made);
 	return made;
 }
-
-const prefixId = (address: string, bits: number, flags: number) => `${address}/${bits} ${flags}`;
-const portId = (port: number, flags: number) => `port ${port} ${flags}`;
-const exemptionId = ({kind, id}: Omit<ExemptionKey, 'policy'>) => `${kind} ${id}`;
 
 /** Of plain values, arrays and objects, bigints included. */
 function isSame(a: unknown, b: unknown): boolean {

@@ -8,7 +8,7 @@ import {takeWriterLock} from '../../src/loader/lock.js';
 import {PinLayout} from '../../src/loader/paths.js';
 import {isIpv4Address} from '../../src/maps/address.js';
 import type {PodPolicy} from '../../src/redirect/policy.js';
-import {applyChange, readKernelState} from '../../src/redirect/apply.js';
+import {applyChange, readKernel} from '../../src/redirect/apply.js';
 import type {Capture} from '../../src/redirect/capture.js';
 import {plan} from '../../src/redirect/plan.js';
 import {compilePolicy} from '../../src/redirect/policy.js';
@@ -79,7 +79,7 @@ test(`${POLICIES * FLOWS} flows under ${POLICIES} policies are decided as the co
 	for (let policy = 0; policy < POLICIES; policy++) {
 		const capture = drawCapture(random);
 		// Each replaces the one before, as a change on a live pod does.
-		for (const change of plan(readKernelState(datapath.maps), [policyOf(capture)])) {
+		for (const change of plan(readKernel(datapath.maps), [policyOf(capture)])) {
 			applyChange(datapath, change);
 		}
 

@@ -6,7 +6,7 @@ import {PinLayout} from '../../src/loader/paths.js';
 import {addressToBytes} from '../../src/maps/address.js';
 import {sumCounters} from '../../src/maps/schema.js';
 import {native, type NetNs} from '../../src/native.js';
-import {applyChange, readKernelState} from '../../src/redirect/apply.js';
+import {applyChange, readKernel} from '../../src/redirect/apply.js';
 import type {Capture} from '../../src/redirect/capture.js';
 import {plan} from '../../src/redirect/plan.js';
 import {compilePolicy} from '../../src/redirect/policy.js';
@@ -139,7 +139,7 @@ function setUp(t: ExecutionContext) {
 				],
 				routes: [], interfaces: [], cgroups: [],
 			});
-			for (const change of plan(readKernelState(datapath.maps), [policy])) {
+			for (const change of plan(readKernel(datapath.maps), [policy])) {
 				applyChange(datapath, change);
 			}
 		},

@@ -3,6 +3,9 @@ A private world for one test: network namespaces that a bridge connects, a cgrou
 with the test, whatever happens to it; what a killed test run left behind goes with the next one.
 */
 import {chmodSync, copyFileSync, existsSync, mkdirSync, mkdtempSync, readdirSync, readFileSync, rmSync, rmdirSync, writeFileSync} from 'node:fs';
+import {once} from 'node:events';
+import {get, type IncomingMessage} from 'node:http';
+import {text} from 'node:stream/consumers';
 import {tmpdir} from 'node:os';
 import path from 'node:path';
 import {fileURLToPath} from 'node:url';
@@ -257,8 +260,9 @@ export class Agent {
 	}
 
 	async get(page: string): Promise<{status: number; body: string}> {
-		const response = await fetch(`http://127.0.0.1:${this.port}${page}`);
-		return {status: response.status, body: await response.text()};
+		// A connection of its own: one that is kept may be closed by the agent just when it is used.
+		const [response] = await once(get(`http://127.0.0.1:${this.port}${page}`, {agent: false}), 'response') as [IncomingMessage];
+		return {status: response.statusCode!, body: await text(response)};
 	}
 
 	async ready(): Promise<void> {

@@ -3,7 +3,7 @@ import {parsePodsFile} from '../../src/config/pods-file.js';
 import {PodError} from '../../src/errors.js';
 import {PREFIX_LOCAL, PREFIX_LOCALHOST, PREFIX_NOT_UNICAST, type PodInfo, type PodValue} from '../../src/maps/schema.js';
 import type {Capture} from '../../src/redirect/capture.js';
-import {plan, type Change, type KernelState} from '../../src/redirect/plan.js';
+import {KernelIndex, plan, type Change, type KernelState} from '../../src/redirect/plan.js';
 import {compilePolicy, type PodFacts, type PodPolicy} from '../../src/redirect/policy.js';
 
 const FACTS: PodFacts = {
@@ -90,14 +90,14 @@ test('what does not fit the namespace is refused', t => {
 
 test('planning again after a plan was carried out gives nothing to do', t => {
 	const wanted = [policy(), policy({name: 'c/d', exempt: {uids: [1, 2], gids: [3]}}, OTHER)];
-	const state = carryOut(EMPTY, plan(EMPTY, wanted));
+	const state = carryOut(EMPTY, plan(new KernelIndex(EMPTY), wanted));
 	t.is(state.pods.size, 2);
-	t.deepEqual(plan(state, wanted), []);
+	t.deepEqual(plan(new KernelIndex(state), wanted), []);
 });
 
 test('lists are written under a fresh policy id before the one write that switches, and the old ones are deleted after it', t => {
-	const state = carryOut(EMPTY, plan(EMPTY, [policy()]));
-	const [change] = plan(state, [policy({exempt: {uids: [7]}})]);
+	const state = carryOut(EMPTY, plan(new KernelIndex(EMPTY), [policy()]));
+	const [change] = plan(new KernelIndex(state), [policy({exempt: {uids: [7]}})]);
 	t.is(change!.kind, 'update');
 	const kinds = change!.steps.map(step => step.do);
 	const at = kinds.indexOf('put pod');
@@ -110,23 +110,23 @@ test('lists are written under a fresh policy id before the one write that switch
 });
 
 test('a change that leaves the lists alone is one write', t => {
-	const state = carryOut(EMPTY, plan(EMPTY, [policy()]));
-	const [change] = plan(state, [policy({proxy: {port: 15_002}})]);
+	const state = carryOut(EMPTY, plan(new KernelIndex(EMPTY), [policy()]));
+	const [change] = plan(new KernelIndex(state), [policy({proxy: {port: 15_002}})]);
 	t.deepEqual(change!.steps.map(step => step.do), ['put pod']);
-	const [renamed] = plan(state, [policy({name: 'new/name'})]);
+	const [renamed] = plan(new KernelIndex(state), [policy({name: 'new/name'})]);
 	t.deepEqual(renamed!.steps.map(step => step.do), ['put info']);
 });
 
 test('a removed pod is out of capture first, and leaves nothing', t => {
-	const state = carryOut(EMPTY, plan(EMPTY, [policy()]));
-	const changes = plan(state, []);
+	const state = carryOut(EMPTY, plan(new KernelIndex(EMPTY), [policy()]));
+	const changes = plan(new KernelIndex(state), []);
 	t.is(changes[0]!.steps[0]!.do, 'delete pod');
 	t.deepEqual(carryOut(state, changes), EMPTY);
 });
 
 test('a pod that could not be read this time is kept', t => {
-	const state = carryOut(EMPTY, plan(EMPTY, [policy()]));
-	t.deepEqual(plan(state, [], new Set([1n])), []);
+	const state = carryOut(EMPTY, plan(new KernelIndex(EMPTY), [policy()]));
+	t.deepEqual(plan(new KernelIndex(state), [], new Set([1n])), []);
 });
 
 test('whatever a crash leaves of any change, the next plan makes right', t => {
@@ -134,8 +134,8 @@ test('whatever a crash leaves of any change, the next plan makes right', t => {
 	let cuts = 0;
 	for (const from of states) {
 		for (const to of states) {
-			const start = carryOut(EMPTY, plan(EMPTY, from));
-			const changes = plan(start, to);
+			const start = carryOut(EMPTY, plan(new KernelIndex(EMPTY), from));
+			const changes = plan(new KernelIndex(start), to);
 			const steps = changes.flatMap(change => change.steps);
 			for (let cut = 0; cut <= steps.length; cut++) {
 				const broken = carryOut(start, [{kind: 'update', pod: '', cookie: 0n, steps: steps.slice(0, cut)}]);
@@ -146,8 +146,8 @@ test('whatever a crash leaves of any change, the next plan makes right', t => {
 					t.true(source.some(candidate => candidate.prefixes.length === count), `cut at ${cut}`);
 				}
 
-				const repaired = carryOut(broken, plan(broken, to));
-				t.deepEqual(plan(repaired, to), []);
+				const repaired = carryOut(broken, plan(new KernelIndex(broken), to));
+				t.deepEqual(plan(new KernelIndex(repaired), to), []);
 				t.deepEqual([...repaired.pods.keys()].sort(), to.map(({cookie}) => cookie).sort());
 				t.is(repaired.prefixes.length, to.reduce((sum, {prefixes}) => sum + prefixes.length, 0));
 				cuts++;
@@ -159,8 +159,8 @@ test('whatever a crash leaves of any change, the next plan makes right', t => {
 });
 
 test('the time of enrolment stays through updates, and starts anew with a new enrolment', t => {
-	const state = carryOut(EMPTY, plan(EMPTY, [policy()]));
+	const state = carryOut(EMPTY, plan(new KernelIndex(EMPTY), [policy()]));
 	const info = [...state.infos.values()][0] as PodInfo;
-	const renamed = carryOut(state, plan(state, [policy({name: 'x/y'})]));
+	const renamed = carryOut(state, plan(new KernelIndex(state), [policy({name: 'x/y'})]));
 	t.is([...renamed.infos.values()][0]!.enrolledAtMs, info.enrolledAtMs);
 });

@@ -1,0 +1,120 @@
+/**
+What others are told after a pod's rules are in force: ztunnel, which is handed its namespace; then, when ztunnel has agreed, whoever reads the pod's annotation; and events about what
+cannot be honoured. Level-triggered: told again as often as a pod is looked at.
+*/
+import type {PodSpec} from '../config/pods-file.js';
+import {reasonOf} from '../errors.js';
+import type {PodObject} from '../kubernetes/objects.js';
+import type {EventWriter, StatusWriter} from '../kubernetes/status.js';
+import {reopenNetns, type NetnsFile} from '../pods/facts.js';
+import type {Round} from '../pods/reconcile.js';
+import type {ZdsServer} from '../zds/server.js';
+
+export interface AnnouncerOptions {
+	readonly zds: ZdsServer;
+	readonly status: StatusWriter;
+	readonly events: EventWriter;
+	/** By namespace/name. */
+	readonly pod: (name: string) => PodObject | undefined;
+	readonly spec: (name: string) => PodSpec | undefined;
+	/** Undefined for a pod that is not enrolled as it should be. */
+	readonly namespaceOf: (name: string) => NetnsFile | undefined;
+	readonly log: (line: string) => void;
+}
+
+export class Announcer {
+	/** Pods that somebody was told about: by name, and back. */
+	readonly #uids = new Map<string, string>();
+	readonly #names = new Map<string, string>();
+
+	constructor(readonly options: AnnouncerOptions) {}
+
+	round({looked, failures}: Round): void {
+		for (const name of looked) {
+			this.#announce(name, failures.get(name));
+		}
+	}
+
+	/** ztunnel has said something new about a workload. */
+	decided(uid: string): void {
+		const name = this.#names.get(uid);
+		const pod = name === undefined ? undefined : this.options.pod(name);
+		if (pod?.uid === uid) {
+			this.#report(pod);
+		}
+	}
+
+	#announce(name: string, failure: Error | undefined): void {
+		const {zds, status, events} = this.options;
+		const pod = this.options.pod(name);
+		const former = this.#uids.get(name);
+		if (former !== undefined && former !== pod?.uid) {
+			zds.remove(former);
+			status.forget(former);
+			this.#uids.delete(name);
+			this.#names.delete(former);
+		}
+
+		const wish = this.options.spec(name)?.wish;
+		if (!pod || !wish || 'waiting' in wish) {
+			return;
+		}
+
+		this.#uids.set(name, pod.uid);
+		this.#names.set(pod.uid, name);
+		if ('refused' in wish) {
+			events.report(pod, {type: 'Warning', reason: 'CaptureRefused', message: `${wish.refused.message}; what was in force for the pod stays`});
+			return;
+		}
+
+		if (failure) {
+			events.report(pod, {type: 'Warning', reason: 'CaptureFailed', message: failure.message});
+		}
+
+		if ('leave' in wish || wish.capture.mode !== 'ambient') {
+			zds.remove(pod.uid);
+			status.set(pod, undefined);
+		}
+
+		if ('leave' in wish) {
+			return;
+		}
+
+		for (const warning of wish.warnings) {
+			events.report(pod, {type: 'Warning', reason: 'AnnotationIgnored', message: warning});
+		}
+
+		if (wish.capture.mode === 'ambient') {
+			this.#tellZtunnel(name, pod);
+			this.#report(pod);
+		}
+	}
+
+	#tellZtunnel(name: string, {uid, namespace, name: podName, serviceAccount}: PodObject): void {
+		const file = this.options.namespaceOf(name);
+		try {
+			if (file) {
+				this.options.zds.put({uid, name: podName, namespace, serviceAccount, openNetns: () => reopenNetns(file)});
+			}
+		} catch (error) {
+			this.options.log(`ztunnel cannot be told of pod ${name} (${reasonOf(error)})`);
+		}
+	}
+
+	/** The last of all steps. */
+	#report(pod: PodObject): void {
+		const {zds, status, events, namespaceOf} = this.options;
+		const state = zds.state(pod.uid);
+		const isEnrolled = namespaceOf(`${pod.namespace}/${pod.name}`) !== undefined;
+		if (state.kind === 'refused') {
+			events.report(pod, {type: 'Warning', reason: 'ZtunnelRefused', message: `ztunnel does not serve the pod: ${state.error}`});
+		}
+
+		if (isEnrolled && state.kind === 'acknowledged') {
+			status.set(pod, 'enabled');
+		} else if (!isEnrolled || state.kind === 'refused' || !zds.connections.some(({isCurrent}) => isCurrent)) {
+			// With a ztunnel that is about to answer, it would be true for a moment only.
+			status.set(pod, 'pending');
+		}
+	}
+}

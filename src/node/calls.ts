@@ -1,0 +1,90 @@
+/**
+Answers the CNI plugin: a pod may start once it is captured as it should be.
+*/
+import {CniRetry, type CniCall, type CniHandler} from '../cni/server.js';
+import {InputError, PodError} from '../errors.js';
+import {KubernetesError} from '../kubernetes/errors.js';
+import type {NetnsFile} from '../pods/facts.js';
+import type {Round} from '../pods/reconcile.js';
+import type {ZdsServer} from '../zds/server.js';
+import type {NodePods} from './pods.js';
+
+export interface CallsOptions {
+	readonly pods: NodePods;
+	readonly zds: ZdsServer;
+	/** Looks at a pod now; undefined while the agent is starting. */
+	readonly look: (name: string) => Round | undefined;
+	readonly namespaceOf: (name: string) => NetnsFile | undefined;
+}
+
+/** ztunnel's own deadline for an answer is 5 s (CAPTURE.md); what takes longer is asked for again. */
+const ZTUNNEL_MS = 6000;
+
+export function cniHandler({pods, zds, look, namespaceOf}: CallsOptions): CniHandler {
+	return {
+		async add(call, signal) {
+			const name = nameOf(call);
+			if (!pods.isSynced) {
+				throw new CniRetry('the agent is starting, and has not heard of all pods yet');
+			}
+
+			const {pod, wish} = await pods.call({name, uid: call.podUid, ips: call.ips, netns: call.netns}, signal).catch((error: unknown) => {
+				throw error instanceof KubernetesError ? new CniRetry(`the pod cannot be read: ${error.message}`, {cause: error}) : error;
+			});
+			if ('leave' in wish) {
+				return;
+			}
+
+			if ('refused' in wish) {
+				throw wish.refused;
+			}
+
+			if ('waiting' in wish) {
+				throw new CniRetry(wish.waiting);
+			}
+
+			const round = look(name);
+			if (!round) {
+				throw new CniRetry('the agent is starting');
+			}
+
+			const failure = round.failures.get(name);
+			if (failure) {
+				throw failure;
+			}
+
+			if (wish.capture.mode !== 'ambient') {
+				return;
+			}
+
+			const state = await zds.settled(pod.uid, ZTUNNEL_MS);
+			if (state.kind === 'waiting') {
+				throw new CniRetry(`ztunnel does not serve it yet: ${state.why}`);
+			}
+
+			if (state.kind === 'refused') {
+				throw new PodError(name, `ztunnel does not serve it: ${state.error}`);
+			}
+		},
+
+		async check(call) {
+			const name = nameOf(call);
+			const spec = pods.specs.get(name);
+			if (spec && 'capture' in spec.wish && !namespaceOf(name)) {
+				throw new PodError(name, 'it is not captured as it should be: `sidestep pods` and the agent\'s log tell more');
+			}
+		},
+
+		async del(call) {
+			pods.forget(nameOf(call), call.podUid);
+		},
+	};
+}
+
+function nameOf({podName, podNamespace}: CniCall): string {
+	if (podName === '' || podNamespace === '') {
+		throw new InputError('CNI_ARGS', 'K8S_POD_NAME and K8S_POD_NAMESPACE are needed to know which pod this is: the runtime does not set them');
+	}
+
+	return `${podNamespace}/${podName}`;
+}

@@ -1,0 +1,212 @@
+/**
+The pods of this node as Kubernetes has them, and what is to be captured of each.
+*/
+import {InputError, reasonOf} from '../errors.js';
+import type {PodSpec, Wish} from '../config/pods-file.js';
+import type {KubernetesClient} from '../kubernetes/client.js';
+import {STATIC_POD_HASH, readNamespace, readPod, type NamespaceObject, type PodObject} from '../kubernetes/objects.js';
+import {Reflector, type ReflectorTiming} from '../kubernetes/reflector.js';
+import {canonicalAddress} from '../maps/address.js';
+import {accelerationOf, decideEnrolment, type NodeDefaults} from '../redirect/annotations.js';
+import type {Locator} from './locator.js';
+
+export interface NodePodsOptions {
+	readonly client: KubernetesClient;
+	readonly node: string;
+	readonly defaults: NodeDefaults;
+	/** Namespaces whose pods are left alone. */
+	readonly excludeNamespaces: ReadonlySet<string>;
+	readonly locator: Locator;
+	readonly log: (line: string) => void;
+	readonly timing?: Partial<ReflectorTiming>;
+}
+
+/** A pod that the CNI call tells of is often not in the cache yet. One that is not there after so long, with a server that answers, was deleted meanwhile. */
+const CALLED_MS = 60_000;
+
+/** A pod that the CNI call told of. */
+interface CalledPod {
+	readonly pod: PodObject;
+	readonly at: number;
+	readonly namespaceLabels: Readonly<Record<string, string>>;
+}
+
+export class NodePods {
+	readonly #options: NodePodsOptions;
+	readonly #pods: Reflector<PodObject>;
+	readonly #namespaces: Reflector<NamespaceObject>;
+	readonly #specs = new Map<string, PodSpec>();
+	readonly #called = new Map<string, CalledPod>();
+	/** What the CNI call said: a pod's status has no addresses then. */
+	readonly #calledIps = new Map<string, readonly string[]>();
+	#onChange: (names: ReadonlySet<string>) => void = () => {};
+
+	constructor(options: NodePodsOptions) {
+		this.#options = options;
+		const {client, node, log, timing} = options;
+		this.#pods = new Reflector({
+			client, log, path: '/api/v1/pods', query: {fieldSelector: `spec.nodeName=${node}`}, transform: readPod,
+			onChange: keys => {
+				this.#update(keys);
+			},
+			...(timing ? {timing} : {}),
+		});
+		this.#namespaces = new Reflector({
+			client, log, path: '/api/v1/namespaces', transform: readNamespace,
+			onChange: keys => {
+				this.#update([...this.#pods.items.values()].filter(({namespace}) => keys.has(namespace)).map(pod => nameOf(pod)));
+			},
+			...(timing ? {timing} : {}),
+		});
+	}
+
+	/** By namespace/name; empty until {@link isSynced}. */
+	get specs(): ReadonlyMap<string, PodSpec> {
+		return this.#specs;
+	}
+
+	/** What was there at the start is in {@link specs}. Until then nothing may be taken away. */
+	get isSynced(): boolean {
+		return this.#pods.isSynced && this.#namespaces.isSynced;
+	}
+
+	get reflectors(): Readonly<Record<'pods' | 'namespaces', Reflector<PodObject | NamespaceObject>>> {
+		return {pods: this.#pods as Reflector<PodObject | NamespaceObject>, namespaces: this.#namespaces};
+	}
+
+	/**
+	Follows the API server until `signal` aborts.
+
+	@param onChange - called with the names of pods that are new, gone, or others than before; for the first time when all are known.
+	*/
+	async run(onChange: (names: ReadonlySet<string>) => void, signal: AbortSignal): Promise<void> {
+		this.#onChange = onChange;
+		await Promise.all([this.#pods.run(signal), this.#namespaces.run(signal)]);
+	}
+
+	/** @param name - namespace/name. */
+	pod(name: string): PodObject | undefined {
+		return this.#pods.items.get(name) ?? this.#called.get(name)?.pod;
+	}
+
+	/**
+	For the CNI call: what is to be done with a pod that is being started, and is perhaps not in the cache.
+
+	@param call - `uid` may be empty. `ips` and `netns` hold from now on.
+	@throws KubernetesError; InputError when Kubernetes does not know the pod; PodError for its namespace.
+	*/
+	async call({name, uid, ips, netns}: {readonly name: string; readonly uid: string; readonly ips: readonly string[]; readonly netns: string}, signal: AbortSignal): Promise<{readonly pod: PodObject; readonly wish: Wish}> {
+		let pod = this.#pods.items.get(name);
+		if (!pod || (uid !== '' && pod.uid !== uid)) {
+			const [namespace, podName] = name.split('/') as [string, string];
+			pod = readPod(await this.#options.client.get(`/api/v1/namespaces/${encodeURIComponent(namespace)}/pods/${encodeURIComponent(podName)}`, {signal}));
+			if (!pod || (uid !== '' && pod.uid !== uid)) {
+				throw new InputError(`pod ${name}`, `the API server has no such pod with the uid ${uid}: it was deleted, or replaced by another of its name`);
+			}
+		}
+
+		const namespaceLabels = this.#namespaces.items.get(pod.namespace)?.labels
+			?? readNamespace(await this.#options.client.get(`/api/v1/namespaces/${encodeURIComponent(pod.namespace)}`, {signal}))?.labels ?? {};
+		const wish = this.#wishFor(pod, namespaceLabels);
+		if ('capture' in wish) {
+			this.#options.locator.learn(name, pod.uid, netns);
+			this.#calledIps.set(pod.uid, ips);
+			this.#called.set(name, {pod, at: performance.now(), namespaceLabels});
+		}
+
+		this.#update([name]);
+		return {pod, wish};
+	}
+
+	/** The sandbox is gone. */
+	forget(name: string, uid: string): void {
+		const pod = this.pod(name);
+		if (!pod || (uid !== '' && pod.uid !== uid)) {
+			return;
+		}
+
+		this.#calledIps.delete(pod.uid);
+		this.#called.delete(name);
+		this.#options.locator.forget(pod.uid);
+		this.#update([name]);
+	}
+
+	#update(names: Iterable<string>): void {
+		if (!this.isSynced) {
+			return;
+		}
+
+		const all = new Set(this.#specs.size === 0 ? [...this.#pods.items.keys(), ...names] : names);
+		this.#dropCalled();
+		for (const name of all) {
+			const pod = this.pod(name);
+			const before = this.#specs.get(name);
+			if (pod) {
+				this.#specs.set(name, this.#specOf(name, pod));
+			} else if (before) {
+				this.#specs.delete(name);
+			}
+		}
+
+		this.#onChange(all);
+	}
+
+	#dropCalled(): void {
+		for (const [name, {pod, at}] of this.#called) {
+			const isKnown = this.#pods.items.get(name)?.uid === pod.uid;
+			const wasHeard = (this.#pods.lastContactMs ?? 0) > at + CALLED_MS;
+			if (isKnown || wasHeard) {
+				this.#called.delete(name);
+			}
+
+			if (!isKnown && wasHeard) {
+				this.#calledIps.delete(pod.uid);
+				this.#options.locator.forget(pod.uid);
+			}
+		}
+	}
+
+	#specOf(name: string, pod: PodObject): PodSpec {
+		const labels = this.#namespaces.items.get(pod.namespace)?.labels ?? this.#called.get(name)?.namespaceLabels;
+		const wish: Wish = labels === undefined ? {waiting: `its namespace ${pod.namespace} is not known yet`} : this.#wishFor(pod, labels);
+		const status = pod.podIPs.length > 0 ? pod.podIPs : this.#calledIps.get(pod.uid) ?? [];
+		if (!('capture' in wish)) {
+			return {name, wish};
+		}
+
+		let ips: readonly string[];
+		try {
+			ips = status.map(ip => canonicalAddress(ip));
+		} catch (error) {
+			return {name, wish: {refused: new InputError(`pod ${name}: status.podIPs`, reasonOf(error))}};
+		}
+
+		if (ips.length === 0) {
+			return {name, wish: {waiting: 'it has no address yet'}};
+		}
+
+		const hash = pod.annotations[STATIC_POD_HASH];
+		return {name, wish, ips, findNetns: () => this.#options.locator.find({name, uids: [pod.uid, ...(hash === undefined ? [] : [hash])], ips})};
+	}
+
+	#wishFor(pod: PodObject, namespaceLabels: Readonly<Record<string, string>>): Wish {
+		const {labels, annotations, hostNetwork, phase, namespace} = pod;
+		const metadata = {name: nameOf(pod), labels, annotations, namespaceLabels, hostNetwork, phase, namespaceExcluded: this.#options.excludeNamespaces.has(namespace)};
+		try {
+			const enrolment = decideEnrolment(metadata, this.#options.defaults);
+			if (!enrolment.enrol) {
+				return {leave: enrolment.why};
+			}
+
+			return {capture: {...enrolment.capture, acceleration: accelerationOf(metadata)}, warnings: enrolment.warnings};
+		} catch (error) {
+			if (error instanceof InputError) {
+				return {refused: error};
+			}
+
+			throw error;
+		}
+	}
+}
+
+const nameOf = ({namespace, name}: PodObject) => `${namespace}/${name}`;
