@@ -110,6 +110,14 @@ struct {
 	__type(value, __u64);
 } accelerated SEC(".maps");
 
+/* 0 → move_bytes of the build that runs. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+} msg_programs SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Dual MIT/GPL */
-/* What only a program can do when one layout takes the place of another (src/loader/upgrade.ts). */
+/* What only programs can do when newer ones take the place of older ones (src/loader/upgrade.ts). */
 #include "maps.h"
 
 enum { CARRIED_COUNTERS = offsetof(struct carried, counters), CARRIED_TRAFFIC = offsetof(struct carried, traffic) };
@@ -32,4 +32,15 @@ int add_counts(struct __sk_buff *ctx)
 		__sync_fetch_and_add((__u64 *)traffic_of_pod + i, amount);
 	}
 	return 0;
+}
+
+/*
+ * Attached to `accelerated` in place of move_bytes itself: a socket keeps for life the program that it was joined under (sock_map_link), which would go on reading an
+ * older layout's maps. This one never changes, and finds the newest in the slot; nothing there: by TCP.
+ */
+SEC("sk_msg")
+int message(struct sk_msg_md *msg)
+{
+	bpf_tail_call(msg, &msg_programs, 0);
+	return SK_PASS;
 }

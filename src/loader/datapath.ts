@@ -11,7 +11,7 @@ import type {Migration} from './migrations.js';
 import {openObject, packageVersion, type OpenedObject} from './object.js';
 import {PinLayout} from './paths.js';
 import {
-	CGROUP_PROGRAMS, Datapath, MAP_PROGRAMS, attachToMap, checkContents, isCgroupProgram, loadObject, open, openPins, pinnedVersions, podLinks, removeTree,
+	CGROUP_PROGRAMS, Datapath, MAP_PROGRAMS, attachToMap, checkContents, fillSlot, isCgroupProgram, loadObject, open, openPins, pinnedVersions, podLinks, removeTree,
 	switchLink, writeBuild, type CgroupProgramName, type ProgramName,
 } from './pinned.js';
 import {describeBuild, describePinned, finishUpgrade, upgrade} from './upgrade.js';
@@ -203,7 +203,9 @@ function adopt(layout: PinLayout, opened: OpenedObject, options: LoadOptions, st
 					// The link of a namespace that is gone cannot be updated; the next round takes it away.
 					switchLink(layout.podLink(cookie), program);
 				}
-			} else if (name === 'move_bytes' || name === 'one_queue') {
+			} else if (name === 'move_bytes') {
+				fillSlot(datapath.rawMaps, program);
+			} else if (name === 'message' || name === 'one_queue') {
 				program.attachMapLegacy(datapath.rawMaps.get('accelerated')!, MAP_PROGRAMS[name]);
 			} else if (isCgroupProgram(name) && gone.includes(name)) {
 				// Its cgroup was removed, and the kernel detached it.

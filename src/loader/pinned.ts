@@ -19,11 +19,11 @@ export const CGROUP_PROGRAMS = [
 export type CgroupProgramName = typeof CGROUP_PROGRAMS[number];
 
 /** Attached to the map `accelerated`, as whose part they live; with their `enum bpf_attach_type`, which a pin does not tell. */
-export const MAP_PROGRAMS = {move_bytes: 7, one_queue: 5} as const;
+export const MAP_PROGRAMS = {message: 7, one_queue: 5} as const;
 const MAP_PROGRAM_NAMES = Object.keys(MAP_PROGRAMS) as ReadonlyArray<keyof typeof MAP_PROGRAMS>;
 
-/** `inbound` is attached to pods' namespaces, one by one; the last are attached nowhere, and run when somebody asks. */
-export const PROGRAMS = [...CGROUP_PROGRAMS, ...MAP_PROGRAM_NAMES, 'inbound', 'find_listeners', 'sockets', 'pair', 'explain', 'add_counts'] as const;
+/** `message` calls `move_bytes`; `inbound` is attached to pods' namespaces, one by one; the last are attached nowhere, and run when somebody asks. */
+export const PROGRAMS = [...CGROUP_PROGRAMS, ...MAP_PROGRAM_NAMES, 'move_bytes', 'inbound', 'find_listeners', 'sockets', 'pair', 'explain', 'add_counts'] as const;
 export type ProgramName = typeof PROGRAMS[number];
 
 /** enum bpf_attach_type; a program that was opened from its pin does not know its own. */
@@ -80,11 +80,20 @@ export function isCgroupProgram(name: ProgramName): name is CgroupProgramName {
 	return (CGROUP_PROGRAMS as readonly ProgramName[]).includes(name);
 }
 
-/** Not by a link, which kernels before 6.10 do not have: they stay with the map, and a newer program takes the place of an older. */
-export function attachToMap({programs, rawMaps}: Datapath): void {
+/**
+Attached not by a link, which kernels before 6.10 do not have: they stay with the map, and a newer program takes the place of an older, for sockets that come into the map
+from then on. Those that are in it follow by the slot of `msg_programs`.
+*/
+export function attachToMap({programs, rawMaps}: Pick<Datapath, 'programs' | 'rawMaps'>): void {
+	fillSlot(rawMaps, programs.get('move_bytes')!);
 	for (const name of MAP_PROGRAM_NAMES) {
 		programs.get(name)!.attachMapLegacy(rawMaps.get('accelerated')!, MAP_PROGRAMS[name]);
 	}
+}
+
+/** From now on `message` runs this program, for every socket in `accelerated`. */
+export function fillSlot(rawMaps: ReadonlyMap<MapName, BpfMap>, moveBytes: BpfProgram): void {
+	rawMaps.get('msg_programs')!.update(new Uint8Array(4), new Uint8Array(Int32Array.of(moveBytes.fd).buffer));
 }
 
 /** Links of pods' namespaces below one root. */
