@@ -1,4 +1,4 @@
-/** dying-loader load|unload BPFFS CGROUP STEP OBJECT: kills itself after its step number STEP; exits with 0 if there are fewer. */
+/** dying-loader load|unload BPFFS CGROUP STEP OBJECT: kills itself after its step of that number or name; exits with 0 if there is none. */
 import {writeSync} from 'node:fs';
 import {load, unload} from '../../src/loader/datapath.js';
 import {takeWriterLock} from '../../src/loader/lock.js';
@@ -10,7 +10,7 @@ const [what, bpffs, cgroup, dieAt, object] = process.argv.slice(2) as [string, s
 let steps = 0;
 const onStep = (step: string) => {
 	writeSync(1, `${step}\n`);
-	if (++steps === Number(dieAt)) {
+	if (++steps === Number(dieAt) || step === dieAt) {
 		process.kill(process.pid, 'SIGKILL');
 	}
 };
