@@ -472,7 +472,15 @@ struct pairing {
 	enum reason outcome;           /* REASON_ACCELERATED, or why not */
 };
 
-/* build: which object runs. */
+/* The packet that `add_counts` is run on. */
+struct carried {
+	__u8 pad[16];
+	__u64 netns;
+	struct counters counters;
+	struct traffic traffic;
+};
+
+/* build: which object runs. An upgrade makes it anew, so that its BTF describes the whole layout. */
 struct build {
 	__u32 layout;
 	char version[28];

@@ -84,6 +84,8 @@ export interface BpfMap {
 	readonly fd: number;
 	/** Asks the kernel (BPF_OBJ_GET_INFO_BY_FD) each time. */
 	info(): MapInfo;
+	/** The types of the object that made the map, raw; undefined when the kernel kept none ({@link MapInfo.btfId}). Needs CAP_SYS_ADMIN. */
+	btf(): Uint8Array | undefined;
 	/** Gives `lookupSize` bytes, or undefined when the key is absent. */
 	lookup(key: Uint8Array): Uint8Array | undefined;
 	/**
@@ -297,6 +299,8 @@ export interface Native {
 	cgroupPrograms(cgroupPath: string, attachType: number): readonly number[];
 	/** Turns run counts on while the returned fd is open (BPF_ENABLE_STATS, 5.8). */
 	enableStats(): number;
+	/** Until no program that was replaced or detached before still runs (an RCU grace period: milliseconds). */
+	waitForPrograms(): void;
 	/**
 	Reads a BPF_MAP_TYPE_RINGBUF on the event loop (libuv). One wake-up hands over at most `maxPerWakeup` samples (default 8192); the rest waits for
 	the next turn of the loop, so that timers and sockets get theirs. Each sample is a copy.

@@ -2,7 +2,7 @@ import {setTimeout as sleep} from 'node:timers/promises';
 import {Argument, Command, CommanderError, InvalidArgumentError, Option} from 'commander';
 import {runAgent, type AgentOptions} from '../agent.js';
 import {AgentError, InputError, NotLoadedError, PodError, reasonOf} from '../errors.js';
-import {Datapath, PROGRAMS, openDatapath, unload} from '../loader/datapath.js';
+import {Datapath, PROGRAMS, finishInterrupted, openDatapath, unload} from '../loader/datapath.js';
 import {DEFAULT_BPFFS, isBpffs, requireCapabilities} from '../loader/host.js';
 import {describeAcceleration, setAcceleration, wishNow, type AccelerationWish} from '../loader/acceleration.js';
 import {isAgentRunning, takeWriterLock} from '../loader/lock.js';
@@ -263,6 +263,7 @@ function createProgram(environment: Environment, setCode: (code: number) => void
 			opened.object.close();
 			const lock = takeWriterLock(new PinLayout(options.bpffs, opened.schema.layoutVersion));
 			try {
+				finishInterrupted(lock);
 				if (options.drain && !await drain(options.bpffs)) {
 					stderr('sidestep: interrupted: nothing is unloaded, and acceleration stays off\n');
 					setCode(EXIT_FAILED);
