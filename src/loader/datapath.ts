@@ -26,7 +26,7 @@ export const MAP_PROGRAMS = {move_bytes: 7, one_queue: 5} as const;
 const MAP_PROGRAM_NAMES = Object.keys(MAP_PROGRAMS) as ReadonlyArray<keyof typeof MAP_PROGRAMS>;
 
 /** `inbound` is attached to pods' namespaces, one by one; the last are attached nowhere, and run when somebody asks. */
-export const PROGRAMS = [...CGROUP_PROGRAMS, ...MAP_PROGRAM_NAMES, 'inbound', 'find_listeners', 'sockets', 'pair', 'explain'] as const;
+export const PROGRAMS = [...CGROUP_PROGRAMS, ...MAP_PROGRAM_NAMES, 'inbound', 'find_listeners', 'sockets', 'pair', 'join', 'explain'] as const;
 export type ProgramName = typeof PROGRAMS[number];
 
 /** enum bpf_attach_type; a program that was opened from its pin does not know its own. */
