@@ -1,6 +1,7 @@
 import {execFile} from 'node:child_process';
 import {chmodSync, existsSync, lstatSync, mkdirSync, readFileSync, readdirSync, renameSync, rmSync, statSync, symlinkSync, unlinkSync, writeFileSync} from 'node:fs';
 import path from 'node:path';
+import {setTimeout as sleep} from 'node:timers/promises';
 import {promisify} from 'node:util';
 import test, {type ExecutionContext} from 'ava';
 import {CniInstaller, CNI_VERSIONS, PLUGIN_NAME} from '../../src/cni/install.js';
@@ -85,7 +86,9 @@ test('what is right is not touched', t => {
 	t.is(host.lines.length, 2);
 	// Somebody else's plugin behind ours is no reason to change places again and again.
 	host.write('10-calico.conflist', {...CHAIN, plugins: [...CHAINED.plugins, {type: 'istio-cni'}]});
+	const rewritten = identity();
 	host.installer.install();
+	t.deepEqual(identity(), rewritten);
 	t.deepEqual(host.read('10-calico.conflist'), {...CHAIN, plugins: [...CHAINED.plugins, {type: 'istio-cni'}]});
 });
 
@@ -178,6 +181,8 @@ test('put back: the chain rewritten, a new first network, the file removed', asy
 	await eventually('put back again', chained('10-calico.conflist'));
 	host.write('05-cilium.conflist', CHAIN);
 	await eventually('put into the new one', chained('05-cilium.conflist'));
+	// Nothing else is to wake it.
+	await sleep(500);
 	unlinkSync(host.bin(PLUGIN_NAME));
 	await eventually('the file', () => existsSync(host.bin(PLUGIN_NAME)));
 	unlinkSync(host.conf('05-cilium.conflist'));
@@ -215,9 +220,7 @@ test('two that undo each other\'s work: it slows down, says so, and goes on', as
 	t.regex(host.installer.state.problem!, /another program takes the CNI plugin out of .* again and again/);
 	const before = undone;
 	const heard = host.lines.length;
-	await new Promise(resolve => {
-		setTimeout(resolve, 1500);
-	});
+	await sleep(1500);
 	t.true(undone <= before + 2, `${undone - before} times in 1.5 s`);
 	t.true(host.lines.length <= heard + 4, host.lines.join('\n'));
 	clearInterval(other);
@@ -368,9 +371,7 @@ test('closing leaves everything in place, and nothing is put back any more', asy
 	host.installer.close();
 	t.deepEqual(host.read('10-calico.conflist'), CHAINED);
 	host.write('10-calico.conflist', CHAIN);
-	await new Promise(resolve => {
-		setTimeout(resolve, 400);
-	});
+	await sleep(400);
 	t.deepEqual(host.read('10-calico.conflist'), CHAIN);
 });
 

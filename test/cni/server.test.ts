@@ -234,12 +234,14 @@ test('what is no call is refused, and the handler does not see it', async t => {
 	// The connection ends, before or after an answer.
 	const [status] = await post(socketPath, '/cmdadd', ' '.repeat(10_000_000), 'POST', {'transfer-encoding': 'chunked'}).catch(() => [400]);
 	t.is(status, 400);
+	const {error} = await plugin(netconf(socketPath, '', JSON.stringify({ips: Array.from({length: 20_000}, () => ({address: 'fd00:1234:5678:9abc::1/64'}))})));
+	t.is(error?.msg, 'the sidestep agent refused: body: more than 65536 bytes');
 	const raw = connect(socketPath);
 	raw.end('garbage\r\n\r\n');
 	const [chunk] = await once(raw, 'data') as [Buffer];
 	t.regex(chunk.toString(), /^HTTP\/1\.1 400/);
 	t.is(calls, 1);
-	t.is(server.refused, bad.length + 1);
+	t.is(server.refused, bad.length + 2);
 	t.deepEqual(await post(socketPath, '/cmdadd', good), [200, '']);
 });
 
