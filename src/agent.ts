@@ -15,13 +15,15 @@ import {serveMetrics, type Health} from './metrics/server.js';
 import {native, type NetNs, type RingBuffer} from './native.js';
 import {describeAcceleration, setAcceleration, wishNow, type AccelerationWish} from './loader/acceleration.js';
 import type {NetnsCookie, PairRequest} from './maps/schema.js';
+import {KubernetesNode, type KubernetesOptions} from './node/kubernetes.js';
 import {openNodeNetns, reopenNetns, type NetnsFile} from './pods/facts.js';
 import {joinPair} from './loader/pairs.js';
 import {ControlLoop} from './pods/loop.js';
 import {Reconciler, type Round} from './pods/reconcile.js';
 
 export interface AgentOptions {
-	readonly podsFile: string;
+	/** Where the pods come from: a file, or Kubernetes. */
+	readonly pods: {readonly file: string} | KubernetesOptions;
 	readonly bpffs: string;
 	/** cgroup v2 directory; the root by default. */
 	readonly cgroup?: string | undefined;
@@ -54,7 +56,9 @@ Runs until `signal` aborts. Capture stays in place then, as it does when the pro
 */
 export async function runAgent(options: AgentOptions): Promise<void> {
 	const {log} = options;
-	const source = new FilePods(options.podsFile);
+	const {pods} = options;
+	// First, as a file that cannot be read is no reason to change anything.
+	const file = 'file' in pods ? new FilePods(pods.file) : undefined;
 	requireCapabilities();
 	const cgroup = resolveCgroup(options.cgroup);
 	if (ensureBpffs(options.bpffs) === 'mounted') {
@@ -69,12 +73,13 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 	let server: Awaited<ReturnType<typeof serveMetrics>>['server'] | undefined;
 	let metrics: Metrics | undefined;
 	let requests: RingBuffer | undefined;
+	let node: KubernetesNode | undefined;
 	let last: Round | undefined;
 	const health = (): Health => {
 		const problems = [
 			...(loop?.isSettled ? [] : ['the first round is not done yet']),
-			...source.problems,
-			...[...last?.failures.values() ?? []].map(error => error.message),
+			...(file ?? node)?.problems ?? [],
+			...(file ? [...last?.failures.values() ?? []].map(error => error.message) : []),
 		];
 		return {alive: loop?.isTurning ?? true, ready: problems.length === 0, problems};
 	};
@@ -102,30 +107,48 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 
 		log(`metrics at port ${served.port}`);
 
+		if (!('file' in pods)) {
+			const {podInfo} = datapath.maps;
+			const former = new Map(podInfo.entries().map(([, {name, netnsDevice, netnsInode}]) => [name, {device: netnsDevice, inode: netnsInode}]));
+			node = new KubernetesNode(pods, options.proc, name => former.get(name), log);
+			node.registerMetrics(metrics.registry);
+		}
+
+		const specs = () => (file ?? node)!.specs;
 		const report = new Report(log);
-		loop = new ControlLoop(new Reconciler(datapath, options), {
-			specs: () => source.specs,
+		const reconciler = new Reconciler(datapath, options);
+		const control = new ControlLoop(reconciler, {
+			specs,
 			resyncMs: options.resyncMs,
 			onRound(round, durationMs, changedAt) {
 				last = round;
 				metrics!.recordRound(round, durationMs, changedAt === undefined ? undefined : performance.now() - changedAt);
-				report.round(round, source.specs.values());
+				report.round(round, specs().values());
+				node?.round(round);
 			},
 			onError(error) {
 				metrics!.recordError('round');
 				report.error(`this round failed (${reasonOf(error)}): trying again`);
 			},
+			onSettled() {
+				node?.settled();
+			},
 		});
-		source.start(names => {
-			loop!.wake(names);
-		}, problem => {
+		loop = control;
+		const wake = (names: Iterable<string>) => {
+			control.wake(names);
+		};
+
+		file?.start(wake, problem => {
 			metrics!.recordError('pods_file');
 			log(problem);
 		});
-		await loop.run(options.signal);
+		await node?.start({wake, look: name => control.isSettled ? control.look(name) : undefined, namespaceOf: name => reconciler.namespaceOf(name)}, options.signal);
+		await control.run(options.signal);
 		log('stopped; capture stays in place (`sidestep unload` takes it away)');
 	} finally {
-		source.close();
+		file?.close();
+		await node?.close();
 		requests?.close();
 		server?.close();
 		server?.closeAllConnections();

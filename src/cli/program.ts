@@ -1,7 +1,7 @@
 import {setTimeout as sleep} from 'node:timers/promises';
 import {Argument, Command, CommanderError, InvalidArgumentError, Option} from 'commander';
-import {runAgent} from '../agent.js';
-import {AgentError, NotLoadedError, PodError, reasonOf} from '../errors.js';
+import {runAgent, type AgentOptions} from '../agent.js';
+import {AgentError, InputError, NotLoadedError, PodError, reasonOf} from '../errors.js';
 import {Datapath, PROGRAMS, finishInterrupted, openDatapath, unload} from '../loader/datapath.js';
 import {DEFAULT_BPFFS, isBpffs, requireCapabilities} from '../loader/host.js';
 import {describeAcceleration, setAcceleration, wishNow, type AccelerationWish} from '../loader/acceleration.js';
@@ -12,7 +12,9 @@ import {checkHost} from '../loader/probes.js';
 import {canonicalAddress, isIpv4Address} from '../maps/address.js';
 import {MAP_NAMES, UNWALKABLE, type MapName} from '../maps/schema.js';
 import {leaveNamespaces} from '../pods/reconcile.js';
+import {addCniCommand} from '../cni/command.js';
 import {parseListenAddress} from '../metrics/server.js';
+import {addNodeOptions, kubernetesOptions, type NodeCliOptions} from '../node/options.js';
 import type {Environment} from './environment.js';
 import {outputOption, toJson, toTable, type OutputFormat, type Row} from './format.js';
 import {countMissed, describePods, dumpMap, explain, findPods, inboundDecision, listMaps, podSockets, statusRows} from './read.js';
@@ -48,7 +50,8 @@ export async function main(argv: readonly string[], environment: Environment): P
 	}
 }
 
-function createProgram({stdout, stderr, signal}: Environment, setCode: (code: number) => void): Command {
+function createProgram(environment: Environment, setCode: (code: number) => void): Command {
+	const {stdout, stderr, signal} = environment;
 	const bpffs = () => new Option('--bpffs <directory>', 'bpf file system that holds the pins').env('SIDESTEP_BPFFS').default(DEFAULT_BPFFS);
 	const cgroup = () => new Option('--cgroup <directory>', 'cgroup v2 directory to attach to (default: its root)').env('SIDESTEP_CGROUP');
 	const proc = () => new Option('--proc <directory>', 'the host\'s /proc').env('SIDESTEP_PROC').default('/proc');
@@ -73,9 +76,9 @@ function createProgram({stdout, stderr, signal}: Environment, setCode: (code: nu
 		.showHelpAfterError('(see --help)');
 	program.helpCommand(true);
 
-	program.command('run')
-		.description('run the agent: load, attach, and keep the kernel equal to the pods file')
-		.requiredOption('--pods-file <file>', 'which pods to enrol (YAML); watched for changes')
+	addNodeOptions(program.command('run')
+		.description('run the agent: load, attach, and keep the kernel equal to what pods should have')
+		.option('--pods-file <file>', 'which pods to enrol (YAML), instead of a cluster\'s; watched for changes')
 		.addOption(bpffs())
 		.addOption(cgroup())
 		.addOption(proc())
@@ -84,11 +87,11 @@ function createProgram({stdout, stderr, signal}: Environment, setCode: (code: nu
 		.option('--reset-older', 'abort connections that are older than their pod\'s enrolment, as iptables would', false)
 		.addOption(new Option('--metrics-address <address:port>', 'where /metrics, /healthz and /readyz are served').env('SIDESTEP_METRICS_ADDRESS').default('127.0.0.1:9478'))
 		.option('--resync <ms>', 'look at every pod in this time, although nothing changed (default: 10 s, and 0.4 s a pod)', integer(100, 3_600_000))
-		.option('--max-pods <number>', 'capacity of the maps, when they are made', integer(1, 1_000_000), 1024)
-		.addHelpText('after', '\nExample:\n  sidestep run --pods-file /etc/sidestep/pods.yaml\n\nSIGTERM and SIGINT stop the agent and leave capture in place.')
-		.action(async (options: {podsFile: string; bpffs: string; cgroup?: string; proc: string; metricsAddress: string; resync?: number; maxPods: number; nodeNetns?: string; resetOlder: boolean; acceleration?: AccelerationWish}) => {
+		.option('--max-pods <number>', 'capacity of the maps, when they are made', integer(1, 1_000_000), 1024))
+		.addHelpText('after', '\nExamples:\n  sidestep run --pods-file /etc/sidestep/pods.yaml\n  sidestep run --node worker-1\n\nSIGTERM and SIGINT stop the agent and leave capture in place.')
+		.action(async (options: RunOptions) => {
 			await runAgent({
-				podsFile: options.podsFile,
+				pods: podsOf(options),
 				bpffs: options.bpffs,
 				cgroup: options.cgroup,
 				proc: options.proc,
@@ -104,6 +107,8 @@ function createProgram({stdout, stderr, signal}: Environment, setCode: (code: nu
 				signal,
 			});
 		});
+
+	addCniCommand(program, environment);
 
 	program.command('check')
 		.description('try what this kernel can do: what works, what degrades, what is missing')
@@ -328,6 +333,32 @@ function restoreLoaded({bpffs, proc}: {readonly bpffs: string; readonly proc: st
 	} finally {
 		datapath.close();
 	}
+}
+
+interface RunOptions extends NodeCliOptions {
+	readonly podsFile?: string;
+	readonly bpffs: string;
+	readonly cgroup?: string;
+	readonly proc: string;
+	readonly metricsAddress: string;
+	readonly resync?: number;
+	readonly maxPods: number;
+	readonly nodeNetns?: string;
+	readonly resetOlder: boolean;
+	readonly acceleration?: AccelerationWish;
+}
+
+/** A file that was asked for on the command line wins over a node from the environment. */
+function podsOf(options: RunOptions): AgentOptions['pods'] {
+	if (options.podsFile !== undefined) {
+		return {file: options.podsFile};
+	}
+
+	if (options.node === undefined) {
+		throw new InputError('run', 'where are the pods to come from? Give --pods-file, or --node with the name of this node in its cluster');
+	}
+
+	return kubernetesOptions(options.node, options);
 }
 
 interface Endpoint {

@@ -13,6 +13,8 @@ export interface ControlLoopOptions {
 	/** @param changedAt - when the oldest of the changes that it carried out was heard (performance.now()). */
 	readonly onRound: (round: Round, durationMs: number, changedAt: number | undefined) => void;
 	readonly onError: (error: unknown) => void;
+	/** Every pod was looked at once. */
+	readonly onSettled?: () => void;
 }
 
 /** So that a round leaves the event loop to others after some 50 ms. */
@@ -68,7 +70,11 @@ export class ControlLoop {
 			while (!signal.aborted) {
 				this.#collectDue(performance.now());
 				if (this.#due.size === 0 && !this.#reread) {
-					this.isSettled = true;
+					if (!this.isSettled) {
+						this.isSettled = true;
+						this.options.onSettled?.();
+					}
+
 					await this.#sleep(signal);
 					continue;
 				}
