@@ -53,12 +53,14 @@ export function upgrade(layout: PinLayout, opened: OpenedObject, options: Upgrad
 		for (const [name, fate] of fates) {
 			const from = older.maps.get(name);
 			const capacity = from?.info().maxEntries ?? 0;
+			// Never smaller than what the entries come from. Socket storages have none.
+			const entries = fate === 'keep' ? capacity : Math.max(capacity, options.maxEntries?.[name] ?? specs.get(name)!.maxEntries);
+			if (entries > 0) {
+				opened.object.setMaxEntries(name, entries);
+			}
+
 			if (fate === 'keep') {
-				opened.object.setMaxEntries(name, Math.max(1, capacity));
 				opened.object.reuseMap(name, from!);
-			} else {
-				// Never smaller than what the entries come from.
-				opened.object.setMaxEntries(name, Math.max(capacity, options.maxEntries?.[name] ?? specs.get(name)!.maxEntries));
 			}
 		}
 

@@ -8,7 +8,8 @@ process.once('SIGTERM', () => {
 	stop.abort();
 });
 await runAgent({
-	pods: {file: podsFile}, bpffs, cgroup, nodeNetns,
+	bpffs, cgroup, nodeNetns,
+	pods: {file: podsFile},
 	proc: '/proc',
 	metrics: {host: '127.0.0.1', port: 0},
 	maxPods: 1024,
