@@ -26,14 +26,11 @@ enum { CHATTY_SEGMENTS = 16 };
 /* ... one that has not after so many is not watched any longer. */
 enum { WATCHED_SEGMENTS = 4096 };
 
-/* Larger messages are as fast by TCP. */
-enum { LARGE_BYTES = 16384 };
-
 /*
  * What may lie unread with the receiver. The kernel does not bound it at all, and a message of one byte costs about a kilobyte, so messages are counted
  * too.
  */
-enum { BURST_BYTES = 262144, BURST_MESSAGES = 256 };
+enum { BURST_BYTES = 1 << 20, BURST_MESSAGES = 256 };
 
 /* Sequence numbers are read while both ends go on: how far apart those of one connection can be. */
 enum { SEQUENCE_SLACK = 1 << 20 };
@@ -290,8 +287,9 @@ static __always_inline enum tcp_reason why_by_tcp(struct sk_msg_md *msg, struct 
 
 	if (!accelerates(pod))
 		return TCP_OFF;
-	if (msg->size > LARGE_BYTES)
-		return TCP_LARGE;
+	/* Whether the receiver has read is only looked at when it begins to matter: each read of its memory costs as much as a look-up. */
+	if (!mine->on_tcp && mine->burst_bytes + msg->size <= BURST_BYTES / 2 && mine->burst_messages < BURST_MESSAGES / 2)
+		return TCP_REASONS;
 
 	/* The lowest bits are flags (SK_USER_DATA_PTRMASK). */
 	queues = (struct sk_psock *)((__u64)BPF_CORE_READ(peer_sk, sk_user_data) & ~7ULL);

@@ -395,7 +395,6 @@ struct socket_record {
 /* Why a message goes by TCP although its pair is accelerated. */
 enum tcp_reason {
 	TCP_OFF,                       /* switched off for the pod or the node */
-	TCP_LARGE,                     /* TCP is as fast there */
 	TCP_FULL,                      /* the receiver has not read what it has */
 	TCP_UNDRAINED,                 /* earlier bytes went by TCP, and are not all read yet: to go past them would reorder */
 	TCP_PEER_GONE,
