@@ -270,6 +270,17 @@ export class Agent {
 		await eventually(`readyz\n${this.running.stderr}`, async () => (await this.get('/readyz')).status === 200);
 	}
 
+	/** Until it has made this many rounds of its control loop from now on. */
+	async rounds(count: number): Promise<void> {
+		const made = async () => {
+			const {body} = await this.get('/metrics');
+			return [...body.matchAll(/^sidestep_reconciles_total\{[^}]*} (\d+)/gm)].reduce((sum, [, value]) => sum + Number(value), 0);
+		};
+
+		const before = await made();
+		await eventually(`${count} rounds`, async () => await made() >= before + count);
+	}
+
 	/** Until a line of the log, beyond `from` characters, matches. */
 	async says(pattern: RegExp, from = 0): Promise<void> {
 		await this.running.until(`log line ${String(pattern)}`, () => pattern.test(this.running.stderr.slice(from)));
