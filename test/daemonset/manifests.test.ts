@@ -32,17 +32,21 @@ for (const overlay of OVERLAYS) {
 		}
 	});
 
-	test(`overlay ${overlay}: every option and variable exists, and every mount has its volume`, async t => {
-		const {containers: [{args, env, volumeMounts, image}], volumes} = podTemplate(overlay);
+	test(`overlay ${overlay}: every command, option and variable exists, and every mount has its volume`, async t => {
+		const {initContainers = [], containers: [agent], volumes} = podTemplate(overlay);
+		const {env, volumeMounts, image} = agent;
 		let help = '';
-		const code = await main([...args, '--help'], {
-			stdout(text) {
+		const environment = {
+			stdout(text: string) {
 				help += text;
 			},
 			stderr() {},
 			signal: new AbortController().signal,
-		});
-		t.is(code, 0);
+		};
+		for (const {args} of [...initContainers, {args: ['run']}, ...overlay === 'remove' ? [] : [agent]]) {
+			t.is(await main([...args, '--help'], environment), 0);
+		}
+
 		const known = [...help.matchAll(/env:\s+(\w+)/g)].map(([, name]) => name);
 		t.true(known.length > 10, help);
 		for (const {name} of env) {
@@ -54,6 +58,17 @@ for (const overlay of OVERLAYS) {
 		t.is(image, `sidestep:${packageVersion()}`);
 	});
 }
+
+test('the steps of the removal may do what the agent may, and nothing else', t => {
+	const {initContainers = [], volumes} = podTemplate('remove');
+	const {containers: [agent], volumes: agentVolumes} = podTemplate('sidecar');
+	t.deepEqual(initContainers.map(({args}) => args.join(' ')), ['cni uninstall', 'unload']);
+	for (const {securityContext, volumeMounts, image} of initContainers) {
+		t.deepEqual({securityContext, volumeMounts, image}, {securityContext: agent.securityContext, volumeMounts: agent.volumeMounts, image: agent.image});
+	}
+
+	t.deepEqual(volumes, agentVolumes);
+});
 
 test('names, labels and namespaces belong together', t => {
 	const all = objects('overlays/ambient');

@@ -7,7 +7,7 @@ import {must} from '../helpers/process.js';
 export const ROOT = fileURLToPath(new URL('../../../', import.meta.url));
 /** Where scripts/manifests.mjs puts them. */
 export const TOOLS = path.join(ROOT, '.cache/manifests/bin');
-export const OVERLAYS = ['ambient', 'sidecar'] as const;
+export const OVERLAYS = ['ambient', 'sidecar', 'remove'] as const;
 export type Overlay = typeof OVERLAYS[number];
 
 export interface KubernetesObject {
@@ -39,6 +39,8 @@ export interface Container {
 export interface PodTemplate {
 	readonly hostNetwork: boolean;
 	readonly hostPID?: boolean;
+	/** Of overlay remove: its steps. */
+	readonly initContainers?: ReadonlyArray<Container & {readonly name: string}>;
 	readonly containers: readonly [Container];
 	readonly volumes: ReadonlyArray<{readonly name: string; readonly hostPath: {readonly path: string; readonly type: string}}>;
 }
