@@ -8,7 +8,7 @@ const root = fileURLToPath(new URL('..', import.meta.url));
 const purpose = process.argv[2] ?? 'build';
 
 const BUILD = ['cmake', 'make', 'g++', 'clang-19', 'llvm-19', 'libbpf-dev', 'libelf-dev', 'zlib1g-dev', 'libuv1-dev', 'nlohmann-json3-dev'];
-const TEST = ['iproute2', 'iptables', 'haproxy', 'redsocks', 'microsocks', 'curl', 'procps', 'python3-venv', 'podman', 'containernetworking-plugins', 'runc'];
+const TEST = ['iproute2', 'iptables', 'haproxy', 'redsocks', 'microsocks', 'curl', 'procps', 'python3-venv', 'podman', 'containernetworking-plugins', 'runc', 'buildah', 'mmdebstrap', 'prometheus'];
 const PACKAGES = {
 	build: BUILD,
 	bench: [...BUILD, 'iproute2', 'iptables', 'procps'],
@@ -75,4 +75,9 @@ if (purpose === 'test' || purpose === 'programs') {
 	}
 
 	run('node', ['scripts/envoy.mjs'], 'Envoy');
+}
+
+if (purpose === 'test') {
+	run('node', ['scripts/manifests.mjs'], 'kubectl');
+	run('node', ['scripts/image.mjs'], 'the image');
 }

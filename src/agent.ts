@@ -61,7 +61,7 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 	const file = 'file' in pods ? new FilePods(pods.file) : undefined;
 	requireCapabilities();
 	const cgroup = resolveCgroup(options.cgroup);
-	if (ensureBpffs(options.bpffs) === 'mounted') {
+	if (ensureBpffs(options.bpffs, options.proc) === 'mounted') {
 		log(`mounted a bpf file system at ${options.bpffs}`);
 	}
 

@@ -1,7 +1,7 @@
 /**
 What the host has to offer: a bpffs, cgroup v2, capabilities.
 */
-import {existsSync, mkdirSync, readFileSync} from 'node:fs';
+import {existsSync, mkdirSync, readFileSync, readlinkSync} from 'node:fs';
 import path from 'node:path';
 import {HostError} from '../errors.js';
 import {native} from '../native.js';
@@ -40,14 +40,19 @@ export function isBpffs(directory: string): boolean {
 /**
 Makes sure that a bpf file system is mounted at `directory`; mounts it if not.
 
-@throws HostError when it cannot be.
+@param proc - the host's /proc.
+@throws HostError when it cannot be; and in a container, where the mount, with all pins, would go with the container.
 */
-export function ensureBpffs(directory: string): 'present' | 'mounted' {
-	try {
-		if (isBpffs(directory)) {
-			return 'present';
-		}
+export function ensureBpffs(directory: string, proc: string): 'present' | 'mounted' {
+	if (isBpffs(directory)) {
+		return 'present';
+	}
 
+	if (!isHostMountNamespace(proc)) {
+		throw new HostError(`no bpf file system at ${directory}, and one that is mounted here would end with this container, and capture with it`, `mount it on the node (mount -t bpf bpf ${DEFAULT_BPFFS}; systemd does by itself), and give it to the container`);
+	}
+
+	try {
 		if (!existsSync(directory)) {
 			mkdirSync(directory, {recursive: true, mode: 0o700});
 		}
@@ -57,6 +62,11 @@ export function ensureBpffs(directory: string): 'present' | 'mounted' {
 	} catch (error) {
 		throw new HostError(`no bpf file system at ${directory}`, `mount it (mount -t bpf bpf ${directory}), or name another place by --bpffs`, {cause: error});
 	}
+}
+
+/** Whether what is mounted here is mounted for the host's process 1. */
+function isHostMountNamespace(proc: string): boolean {
+	return readlinkSync(path.join(proc, '1/ns/mnt')) === readlinkSync('/proc/self/ns/mnt');
 }
 
 /** Where cgroup v2 is mounted: /sys/fs/cgroup, or /sys/fs/cgroup/unified on hybrid hosts. `mounts` is /proc/self/mounts. */

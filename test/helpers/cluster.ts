@@ -36,9 +36,10 @@ export class Cluster {
 
 	private constructor(readonly world: World, readonly api: FakeApiServer) {}
 
-	static async create(t: {teardown(clean: () => void | Promise<void>): void}, options: FakeApiServerOptions = {}): Promise<Cluster> {
+	/** @param options - `inNode`: the API server is where the world's node is, not in the machine's own namespace. */
+	static async create(t: {teardown(clean: () => void | Promise<void>): void}, {inNode = false, ...options}: FakeApiServerOptions & {readonly inNode?: boolean} = {}): Promise<Cluster> {
 		const world = World.create(t);
-		const api = await FakeApiServer.start({bookmarkMs: 1000, ...options});
+		const api = await FakeApiServer.start({bookmarkMs: 1000, ...(inNode ? {netns: world.node.netns} : {}), ...options});
 		world.onEnd(async () => api.stop());
 		for (const directory of ['cni-bin', 'cni-conf', 'run']) {
 			mkdirSync(path.join(world.directory, directory));

@@ -11,6 +11,7 @@ import https from 'node:https';
 import type {AddressInfo, Socket} from 'node:net';
 import path from 'node:path';
 import {performance} from 'node:perf_hooks';
+import {native} from '../../src/native.js';
 import {makeCertificate, type Certificate} from './certificate.js';
 
 export type Kind = 'pods' | 'namespaces';
@@ -32,6 +33,8 @@ export interface FakeApiServerOptions {
 	readonly secondMs?: number;
 	/** @default 127.0.0.1 */
 	readonly host?: string;
+	/** The file of the network namespace to listen in, at 127.0.0.1; this process's own by default. */
+	readonly netns?: string;
 }
 
 /** What goes wrong. All off at first; each holds for as long as it is set. */
@@ -208,7 +211,8 @@ export class FakeApiServer {
 		server.on('clientError', (_error, socket) => {
 			socket.destroy();
 		});
-		server.listen(this.#port, this.#options.host ?? '127.0.0.1');
+		const {netns, host = '127.0.0.1'} = this.#options;
+		server.listen(netns === undefined ? {port: this.#port, host} : {fd: listenIn(netns, this.#port)});
 		await once(server, 'listening');
 		this.#port = (server.address() as AddressInfo).port;
 		const bookmarks = setInterval(() => {
@@ -623,6 +627,20 @@ export class FakeApiServer {
 
 	#refuse(response: ServerResponse, record: RequestRecord, code: number, reason: string, message: string, headers: http.OutgoingHttpHeaders = {}): void {
 		this.#respond(response, record, code, {kind: 'Status', apiVersion: 'v1', metadata: {}, status: 'Failure', message, reason, code}, headers);
+	}
+}
+
+/** A listening socket at 127.0.0.1. */
+function listenIn(file: string, port: number): number {
+	const netns = native.openNetns(file);
+	try {
+		const [family, stream] = [2, 1];
+		const fd = netns.socket(family, stream, 0);
+		native.bind(fd, new Uint8Array([family, 0, port >> 8, port & 0xff, 127, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0]));
+		native.listen(fd, 64);
+		return fd;
+	} finally {
+		netns.close();
 	}
 }
 
