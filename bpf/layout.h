@@ -462,13 +462,13 @@ struct pair_end {
 
 enum { PAIR_CLIENT = 1, PAIR_SERVER = 2 };
 
-/* The packet that `pair` is run on, once for each namespace that has an end of the pair, and once more in the first of two. */
+/* The packet that `pair` is run on: once for each namespace that has an end of the pair, once more in the first of two, and once to count. */
 struct pairing {
 	__u8 pad0[16];
 	struct request request;
 	struct pair_end client;
 	struct pair_end server;
-	__u32 here;                    /* PAIR_… bits: whose namespace this is */
+	__u32 here;                    /* PAIR_… bits: whose namespace this is; 0: `outcome` is to be counted */
 	enum reason outcome;           /* REASON_ACCELERATED, or why not */
 };
 
@@ -478,6 +478,11 @@ struct carried {
 	__u64 netns;
 	struct counters counters;
 	struct traffic traffic;
+};
+
+/* What `join` writes for each socket. */
+struct joined {
+	enum reason outcome;
 };
 
 /* build: which object runs. An upgrade makes it anew, so that its BTF describes the whole layout. */

@@ -125,6 +125,14 @@ struct {
 	__type(value, struct acceleration_of);
 } acceleration_of SEC(".maps");
 
+/* Its cookie, of a socket that `pair` was content with, until `join` has put it into `accelerated`. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, __u64);
+} joining SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
@@ -170,6 +178,7 @@ const enum role anchor_role __attribute__((used)) = ROLE_CLIENT;
 const struct question anchor_question __attribute__((used)) = {};
 const struct request anchor_request __attribute__((used)) = {};
 const struct pairing anchor_pairing __attribute__((used)) = {};
+const struct joined anchor_joined __attribute__((used)) = {};
 const enum tcp_reason anchor_tcp_reason __attribute__((used)) = TCP_OFF;
 const struct carried anchor_carried __attribute__((used)) = {};
 const struct socket_record anchor_socket_record __attribute__((used)) = {};

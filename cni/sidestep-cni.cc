@@ -384,12 +384,16 @@ static void AskUntilAnswered(const NetConf& conf, const char* command, const std
 
 /* --- the commands */
 
-static std::string Body(const NetConf& conf, std::map<std::string, std::string>& arguments, bool is_add) {
+static std::string Body(const NetConf& conf, const std::map<std::string, std::string>& arguments, bool is_add) {
+	auto argument = [&](const char* key) {
+		auto found = arguments.find(key);
+		return found == arguments.end() ? std::string() : found->second;
+	};
 	Json body = {
 		{"Netns", Environment("CNI_NETNS", is_add)},
-		{"PodName", arguments["K8S_POD_NAME"]},
-		{"PodNamespace", arguments["K8S_POD_NAMESPACE"]},
-		{"PodUid", arguments["K8S_POD_UID"]},
+		{"PodName", argument("K8S_POD_NAME")},
+		{"PodNamespace", argument("K8S_POD_NAMESPACE")},
+		{"PodUid", argument("K8S_POD_UID")},
 		{"ContainerId", Environment("CNI_CONTAINERID", true)},
 		{"IPs", PodAddresses(conf.previous)},
 	};

@@ -234,11 +234,12 @@ export interface NetNs {
 	/** Writes it, in the same way. EINVAL when the kernel refuses the value. */
 	setSysctl(procDirectory: string, name: string, value: string): void;
 	/**
-	Runs an iterator program (`iter/tcp`) once inside the namespace: BPF_ITER_CREATE on a link of its own, read to the end. E2BIG when it writes more than
-	32 KiB for one socket.
+	Runs an iterator program (`iter/tcp`, `iter/bpf_sk_storage_map`) once inside the namespace: BPF_ITER_CREATE on a link of its own, read to the end. E2BIG when it writes
+	more than 32 KiB for one socket.
+	@param map - which map's elements it walks, in whatever namespace, where the program walks a map's.
 	@returns what it wrote by bpf_seq_write.
 	*/
-	runIterator(program: BpfProgram): Uint8Array;
+	runIterator(program: BpfProgram, map?: BpfMap): Uint8Array;
 	/**
 	BPF_PROG_TEST_RUN of a packet program (SEC tc) on a thread inside the namespace, which is then the one that its socket look-ups search.
 	@param data - the packet, 14 bytes at least.

@@ -23,7 +23,7 @@ export const MAP_PROGRAMS = {message: 7, one_queue: 5} as const;
 const MAP_PROGRAM_NAMES = Object.keys(MAP_PROGRAMS) as ReadonlyArray<keyof typeof MAP_PROGRAMS>;
 
 /** `message` calls `move_bytes`; `inbound` is attached to pods' namespaces, one by one; the last are attached nowhere, and run when somebody asks. */
-export const PROGRAMS = [...CGROUP_PROGRAMS, ...MAP_PROGRAM_NAMES, 'move_bytes', 'inbound', 'find_listeners', 'sockets', 'pair', 'explain', 'add_counts'] as const;
+export const PROGRAMS = [...CGROUP_PROGRAMS, ...MAP_PROGRAM_NAMES, 'move_bytes', 'inbound', 'find_listeners', 'sockets', 'pair', 'join', 'explain', 'add_counts'] as const;
 export type ProgramName = typeof PROGRAMS[number];
 
 /** enum bpf_attach_type; a program that was opened from its pin does not know its own. */

@@ -1,68 +1,22 @@
 /** The protocol, as a peer of bytes sees it. */
-import {lstatSync, mkdtempSync, readdirSync, rmSync, writeFileSync} from 'node:fs';
-import {tmpdir} from 'node:os';
+import {lstatSync, readdirSync, writeFileSync} from 'node:fs';
 import path from 'node:path';
 import {setTimeout as sleep} from 'node:timers/promises';
 import test, {type ExecutionContext} from 'ava';
 import {HostError, PodError} from '../../src/errors.js';
-import {native, type NetNs} from '../../src/native.js';
-import {ZdsServer, type Workload, type ZdsServerOptions} from '../../src/zds/server.js';
+import {native} from '../../src/native.js';
+import {ZdsServer, type ZdsServerOptions} from '../../src/zds/server.js';
 import {eventually} from '../helpers/process.js';
+import {TestNetns, directoryOf, serve as serveAlone, workload, type Served} from './helpers.js';
 import {ACK, HELLO, Peer, SNAPSHOT_SENT, add, del, keep, nack} from './peer.js';
 
-interface Fixture {
-	readonly server: ZdsServer;
-	readonly socketPath: string;
-	readonly lines: string[];
-	readonly changes: string[];
+interface Fixture extends Served {
 	connect(): Peer;
 }
 
-function directoryOf(t: ExecutionContext): string {
-	const directory = mkdtempSync(path.join(tmpdir(), 'sidestep-zds-'));
-	t.teardown(() => {
-		rmSync(directory, {recursive: true, force: true});
-	});
-	return directory;
-}
-
 function serve(t: ExecutionContext, options: Partial<ZdsServerOptions> = {}): Fixture {
-	const socketPath = path.join(directoryOf(t), 'ztunnel', 'ztunnel.sock');
-	const lines: string[] = [];
-	const changes: string[] = [];
-	const server: ZdsServer = new ZdsServer({
-		socketPath,
-		ackTimeoutMs: 30_000,
-		log(line) {
-			lines.push(line);
-		},
-		onChange(uid) {
-			changes.push(`${uid} ${server.state(uid).kind}`);
-		},
-		...options,
-	});
-	t.teardown(() => {
-		server.close();
-	});
-	server.listen();
-	return {server, socketPath, lines, changes, connect: () => Peer.connect(t, socketPath)};
-}
-
-class TestNetns {
-	readonly #held: NetNs;
-
-	constructor(t: ExecutionContext) {
-		this.#held = native.createNetns();
-		t.teardown(() => {
-			this.#held.close();
-		});
-	}
-
-	readonly open = (): NetNs => native.openNetns(`/proc/self/fd/${this.#held.fd}`);
-}
-
-function workload(uid: string, openNetns: () => NetNs | undefined): Workload {
-	return {uid, name: `name-${uid}`, namespace: 'shop', serviceAccount: 'account', openNetns};
+	const served = serveAlone(t, options);
+	return {...served, connect: () => Peer.connect(t, served.socketPath)};
 }
 
 test.serial('a snapshot: Add for each workload, Keep where the namespace is not known, then its end', async t => {
