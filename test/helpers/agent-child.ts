@@ -8,8 +8,7 @@ process.once('SIGTERM', () => {
 	stop.abort();
 });
 await runAgent({
-	bpffs, cgroup, nodeNetns,
-	pods: {file: podsFile},
+	pods: {file: podsFile}, bpffs, cgroup, nodeNetns,
 	proc: '/proc',
 	metrics: {host: '127.0.0.1', port: 0},
 	maxPods: 1024,
