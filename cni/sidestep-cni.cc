@@ -455,7 +455,7 @@ static void Run(std::string& version) {
 	} else if (command == "VERSION") {
 		Version(input);
 	} else if (command != "STATUS" && command != "GC") {
-		/* STATUS: a node whose agent is away must not count as one without a network, or the agent would not be started there. GC: nothing of ours is left. */
+		/* STATUS: a node must not count as one without a network (NotReady) each time its agent restarts. GC: nothing of ours is left. */
 		throw Failure{BAD_ENVIRONMENT, "CNI_COMMAND is not known", "expected ADD, DEL, CHECK, VERSION, STATUS or GC, got " + command.substr(0, 200)};
 	}
 }

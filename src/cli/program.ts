@@ -1,6 +1,7 @@
 import {setTimeout as sleep} from 'node:timers/promises';
 import {Argument, Command, CommanderError, InvalidArgumentError, Option} from 'commander';
 import {runAgent} from '../agent.js';
+import {addCniCommand} from '../cni/command.js';
 import {AgentError, NotLoadedError, PodError, reasonOf} from '../errors.js';
 import {Datapath, PROGRAMS, openDatapath, unload} from '../loader/datapath.js';
 import {DEFAULT_BPFFS, isBpffs, requireCapabilities} from '../loader/host.js';
@@ -277,6 +278,7 @@ function createProgram({stdout, stderr, signal}: Environment, setCode: (code: nu
 			}
 		});
 
+	addCniCommand(program, {stderr});
 	return program;
 
 	/** @returns false when it was interrupted first. */

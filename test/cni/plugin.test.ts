@@ -52,6 +52,7 @@ test('prevResult is printed as it is wherever it stands, and whatever is around 
 		`{"prevResult":${previous},"cniVersion":"1.0.0","socket":"${socket}"}`,
 		`{"n":12,"prevResult"\n:\t${previous} ,"cniVersion":"0.3.1","socket":"${socket}"}\n`,
 		`{"cniVersion":"0.4.0","args":{"prevResult":{"b":2}},"list":[{"prevResult":{"c":3}}],"socket":"${socket}","prevResult": ${previous}}`,
+		`{"cniVersion":"0.4.0","socket":"${socket}","prevResult":${previous},"args":{"prevResult":7}}`,
 		`{"prevResult":{"old":0},"cniVersion":"1.1.0","socket":"${socket}","prevResult":${previous}}`,
 	]) {
 		const {stdout, stderr} = await plugin(input);
@@ -166,6 +167,7 @@ test('a cniVersion without chains', refused, 1, /says "0\.2\.0"/, netconf(nowher
 test('a cniVersion of the future', refused, 1, /says "2\.0\.0"/, netconf(nowhere).replace('1.0.0', '2.0.0'));
 test('no prevResult', refused, 7, /without a prevResult.*after another plugin/, netconf(nowhere, '', null));
 test('a prevResult that is no object', refused, 7, /without a prevResult/, netconf(nowhere, '', 'null'));
+test('a prevResult that a later one takes back', refused, 7, /without a prevResult/, netconf(nowhere, '', '{},"prevResult":null'));
 test('a relative socket', refused, 7, /socket.*absolute path.*"cni\.sock"/, netconf('cni.sock'));
 test('a socket that is too long', refused, 7, /at most 107 bytes/, netconf(`/${'x'.repeat(107)}`));
 test('a socket that is a number', refused, 7, /socket/, '{"cniVersion":"1.0.0","socket":1,"prevResult":{}}');
@@ -314,4 +316,29 @@ test('an answer that is larger than anything we say is cut', async t => {
 	const {error} = await plugin(netconf(socket));
 	t.is(error?.code, 100);
 	t.true(error!.msg.length < 3000);
+});
+
+test('an answer without an end is not read to its end', async t => {
+	const socket = path.join(directory(t), 'cni.sock');
+	let said = 0;
+	await listen(t, createServer(connection => {
+		connection.on('error', () => undefined);
+		connection.write('HTTP/1.1 500 No\r\n\r\n');
+		const more = () => {
+			while (said < 100_000_000 && !connection.destroyed) {
+				said += 65_536;
+				if (!connection.write(Buffer.alloc(65_536, 'n'))) {
+					return;
+				}
+			}
+
+			connection.end();
+		};
+
+		connection.on('drain', more);
+		more();
+	}), socket);
+	const {error} = await plugin(netconf(socket));
+	t.is(error?.code, 100);
+	t.true(said < 50_000_000, `${said} bytes`);
 });
