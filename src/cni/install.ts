@@ -47,6 +47,8 @@ export interface CniInstallerOptions {
 	readonly socketPath: string;
 	/** @see DEFAULT_CNI_TIMEOUT_SECONDS */
 	readonly timeoutSeconds: number;
+	/** Namespaces whose pods start without asking the agent. */
+	readonly excludeNamespaces?: readonly string[];
 	readonly log: (line: string) => void;
 	/** For {@link CniInstaller.watch}: compare this often although nothing was heard. */
 	readonly checkMs?: number;
@@ -209,8 +211,8 @@ export class CniInstaller {
 	}
 
 	#entry(): Json {
-		const {socketPath, timeoutSeconds} = this.#options;
-		return {type: PLUGIN_NAME, socket: socketPath, timeoutSeconds};
+		const {socketPath, timeoutSeconds, excludeNamespaces = []} = this.#options;
+		return {type: PLUGIN_NAME, socket: socketPath, timeoutSeconds, ...(excludeNamespaces.length > 0 ? {excludeNamespaces} : {})};
 	}
 
 	/** Counts a change of a network. @throws HostError when it is not our turn: another program undoes each. */

@@ -52,6 +52,7 @@ test('prevResult is printed as it is wherever it stands, and whatever is around 
 		`{"prevResult":${previous},"cniVersion":"1.0.0","socket":"${socket}"}`,
 		`{"n":12,"prevResult"\n:\t${previous} ,"cniVersion":"0.3.1","socket":"${socket}"}\n`,
 		`{"cniVersion":"0.4.0","args":{"prevResult":{"b":2}},"list":[{"prevResult":{"c":3}}],"socket":"${socket}","prevResult": ${previous}}`,
+		`{"cniVersion":"0.4.0","socket":"${socket}","prevResult":${previous},"args":{"prevResult":7}}`,
 		`{"prevResult":{"old":0},"cniVersion":"1.1.0","socket":"${socket}","prevResult":${previous}}`,
 	]) {
 		const {stdout, stderr} = await plugin(input);
@@ -166,9 +167,20 @@ test('a cniVersion without chains', refused, 1, /says "0\.2\.0"/, netconf(nowher
 test('a cniVersion of the future', refused, 1, /says "2\.0\.0"/, netconf(nowhere).replace('1.0.0', '2.0.0'));
 test('no prevResult', refused, 7, /without a prevResult.*after another plugin/, netconf(nowhere, '', null));
 test('a prevResult that is no object', refused, 7, /without a prevResult/, netconf(nowhere, '', 'null'));
+test('a prevResult that a later one takes back', refused, 7, /without a prevResult/, netconf(nowhere, '', '{},"prevResult":null'));
 test('a relative socket', refused, 7, /socket.*absolute path.*"cni\.sock"/, netconf('cni.sock'));
 test('a socket that is too long', refused, 7, /at most 107 bytes/, netconf(`/${'x'.repeat(107)}`));
 test('a socket that is a number', refused, 7, /socket/, '{"cniVersion":"1.0.0","socket":1,"prevResult":{}}');
+test('excluded namespaces that are text', refused, 7, /excludeNamespaces.*a list of names/, netconf(nowhere, '"excludeNamespaces":"kube-system"'));
+test('excluded namespaces with a number', refused, 7, /excludeNamespaces/, netconf(nowhere, '"excludeNamespaces":["a",1]'));
+
+test('pods of excluded namespaces start without an agent, others do not', async t => {
+	const conf = netconf(nowhere, '"timeoutSeconds":1,"excludeNamespaces":["kube-system","shop"]');
+	const {code, stdout} = await plugin(conf);
+	t.deepEqual([code, stdout], [0, `${PREVIOUS}\n`]);
+	t.not((await plugin(conf, {CNI_ARGS: 'K8S_POD_NAMESPACE=shop-2;K8S_POD_NAME=web-0'})).code, 0);
+});
+
 test('a time-out of 0', refused, 7, /timeoutSeconds.*1 to 600, got 0/, netconf(nowhere, '"timeoutSeconds":0'));
 test('a time-out of 1.5', refused, 7, /got 1\.5/, netconf(nowhere, '"timeoutSeconds":1.5'));
 test('a time-out beyond all integers', refused, 7, /timeoutSeconds/, netconf(nowhere, '"timeoutSeconds":18446744073709551615'));
@@ -314,4 +326,29 @@ test('an answer that is larger than anything we say is cut', async t => {
 	const {error} = await plugin(netconf(socket));
 	t.is(error?.code, 100);
 	t.true(error!.msg.length < 3000);
+});
+
+test('an answer without an end is not read to its end', async t => {
+	const socket = path.join(directory(t), 'cni.sock');
+	let said = 0;
+	await listen(t, createServer(connection => {
+		connection.on('error', () => undefined);
+		connection.write('HTTP/1.1 500 No\r\n\r\n');
+		const more = () => {
+			while (said < 100_000_000 && !connection.destroyed) {
+				said += 65_536;
+				if (!connection.write(Buffer.alloc(65_536, 'n'))) {
+					return;
+				}
+			}
+
+			connection.end();
+		};
+
+		connection.on('drain', more);
+		more();
+	}), socket);
+	const {error} = await plugin(netconf(socket));
+	t.is(error?.code, 100);
+	t.true(said < 50_000_000, `${said} bytes`);
 });
