@@ -54,8 +54,8 @@ export interface ReflectorCounters {
 	readonly errors: Record<FailureKind, number>;
 }
 
-/** More than one version's objects, and no server needs so many pages. */
-const MAX_PAGES = 10_000;
+/** A list that is longer does not end. */
+const MAX_PAGES = 1000;
 /** Deleted objects whose version is remembered, so that a late event does not bring them back. */
 const MAX_DELETED = 1024;
 /** After so many answers in a row that were no good, the version may be what is wrong (an event that cannot be read, a cluster restored from a backup): list. */

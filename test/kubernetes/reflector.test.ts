@@ -141,6 +141,37 @@ test('a bookmark saves the list when older versions are compacted', async t => {
 	t.is(server.requests('/api/v1/pods').filter(({isWatch}) => isWatch).at(-1)!.query.get('resourceVersion'), String(server.version));
 });
 
+test('a watch in which nothing comes, not even a bookmark, is given up, and goes on where it was', async t => {
+	const bench = await makeBench(t, {server: {bookmarkMs: 60_000}});
+	const {server} = bench;
+	const pods = followPods(bench, {inactivityMs: 200});
+	await eventually('a second watch', () => pods.reflector.counters.watches >= 2 && server.openWatches === 1);
+	server.put('pods', makePod('shop/web'));
+	await untilEqual(t, server, pods);
+	const {counters} = pods.reflector;
+	t.true(counters.errors.timeout >= 1);
+	t.is(counters.lists, 1);
+});
+
+test('back-off grows up to its bound, and starts anew after a steady watch', async t => {
+	const bench = await makeBench(t, {timing: {gapMs: 5, maxBackoffMs: 400}});
+	const {server} = bench;
+	server.behave({status: 500});
+	const {reflector} = followPods(bench);
+	const started = performance.now();
+	await sleep(3000);
+	// 5 + 10 + … + 400 ms, half of it on average, then 200 ms each; without growth it would be hundreds.
+	const most = 10 + (performance.now() - started) / 60;
+	t.true(server.history.length <= most && server.history.length >= 8, `${server.history.length} requests, at most ${most}`);
+	server.behave();
+	await eventually('it watches', () => server.openWatches === 1);
+	await sleep(FAST_WATCH.steadyMs + 200);
+	const {watches} = reflector.counters;
+	server.resetConnections();
+	await eventually('it watches again', () => reflector.counters.watches > watches && server.openWatches === 1, 5000);
+	t.is(reflector.counters.lists, 1);
+});
+
 test('old events do not bring back what was deleted, nor replace what is newer', async t => {
 	const bench = await makeBench(t);
 	const {server} = bench;
