@@ -8,6 +8,6 @@ const INTEGRITY = fileURLToPath(new URL('../test/accelerate/full.js', import.met
 const {oneQueue, findings} = probeAcceleration();
 console.log(JSON.stringify({oneQueue: oneQueue ?? null, findings}));
 if (oneQueue !== undefined || process.argv.includes('--anyway')) {
-	const {status} = spawnSync(process.execPath, [INTEGRITY, '--streams', '300', '--bytes', '64M', '--max-bytes', '4M', '--lanes', '32', '--hung', '60', '--h13-rounds', '10'], {stdio: 'inherit'});
+	const {status} = spawnSync(process.execPath, [INTEGRITY, '--streams', '300', '--bytes', '64M', '--max-bytes', '4M', '--lanes', '32', '--hung', '60', '--recipe-rounds', '10', '--duplex', '16M'], {stdio: 'inherit'});
 	process.exitCode = status ?? 1;
 }
