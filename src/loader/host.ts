@@ -1,7 +1,7 @@
 /**
 What the host has to offer: a bpffs, cgroup v2, capabilities.
 */
-import {existsSync, mkdirSync, readFileSync, readlinkSync} from 'node:fs';
+import {existsSync, mkdirSync, readFileSync} from 'node:fs';
 import path from 'node:path';
 import {HostError} from '../errors.js';
 import {native} from '../native.js';
@@ -64,9 +64,11 @@ export function ensureBpffs(directory: string, proc: string): 'present' | 'mount
 	}
 }
 
-/** Whether what is mounted here is mounted for the host's process 1. */
+/** Whether what is mounted here is mounted for the host's process 1. No two mount namespaces share a mount's id; ns/mnt would tell too, but may be closed to us. */
 function isHostMountNamespace(proc: string): boolean {
-	return readlinkSync(path.join(proc, '1/ns/mnt')) === readlinkSync('/proc/self/ns/mnt');
+	const ids = (file: string) => readFileSync(file, 'utf8').trim().split('\n').map(line => line.split(' ')[0]!);
+	const host = new Set(ids(path.join(proc, '1/mountinfo')));
+	return ids('/proc/self/mountinfo').some(id => host.has(id));
 }
 
 /** Where cgroup v2 is mounted: /sys/fs/cgroup, or /sys/fs/cgroup/unified on hybrid hosts. `mounts` is /proc/self/mounts. */

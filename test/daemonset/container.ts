@@ -10,7 +10,7 @@ import {ROOT, podTemplate, type Overlay, type PodTemplate} from './rendered.js';
 const IMAGE = 'localhost/sidestep:test';
 const PODMAN = ['--root', path.join(ROOT, '.cache/image/store'), '--runroot', path.join(ROOT, '.cache/image/run'), '--runtime', 'runc', '--cgroup-manager', 'cgroupfs'];
 const SERVICE_ACCOUNT = '/var/run/secrets/kubernetes.io/serviceaccount';
-const NETWORK = '{"cniVersion":"1.0.0","name":"pods","plugins":[{"type":"bridge"}]}';
+export const NETWORK = '{"cniVersion":"1.0.0","name":"pods","plugins":[{"type":"bridge"}]}';
 
 export function podman(...args: readonly string[]): Result {
 	return run('podman', [...PODMAN, ...args]);
@@ -42,7 +42,7 @@ export class NodeWorld {
 		// The machine's own for what cannot be another's, and is only looked at.
 		this.#paths = {
 			'/proc': '/proc', '/sys/fs/cgroup': findCgroup2()!, '/run/netns': '/run/netns', '/sys/fs/bpf': world.bpffs,
-			'/opt/cni/bin': own('cni-bin'), '/etc/cni/net.d': own('cni-conf'), '/var/run/sidestep': own('run'), '/var/run/ztunnel': own('ztunnel'),
+			'/opt/cni/bin': own('cni-bin'), '/etc/cni/net.d': own('cni-conf'), '/var/run/sidestep': own('run'), '/var/run/ztunnel': own('zds'),
 		};
 		writeFileSync(path.join(this.hostPath('/etc/cni/net.d'), '10-pods.conflist'), NETWORK);
 	}

@@ -3,7 +3,7 @@ import path from 'node:path';
 import test from 'ava';
 import {CAPABILITIES} from '../../src/loader/host.js';
 import {AMBIENT} from '../helpers/cluster.js';
-import {eventually, run} from '../helpers/process.js';
+import {Running, eventually, run} from '../helpers/process.js';
 import type {ProxyLine} from '../helpers/world.js';
 import {NodeWorld, podman} from './container.js';
 import {podTemplate} from './rendered.js';
@@ -47,7 +47,7 @@ test('with what overlay sidecar gives it, the agent finds a pod, captures it, ho
 	};
 
 	t.is(connects(), 'by the proxy');
-	await proxy.until('the proxy told', () => proxy.lines<ProxyLine>().some(({original_dst}) => original_dst === `${far.ipv4}:8080`)).catch(() => t.log(proxy.stdout));
+	await proxy.until('the proxy knows where the connection was to go', () => proxy.lines<ProxyLine>().some(({original_dst}) => original_dst === `${far.ipv4}:8080`));
 
 	// The plugin, as the agent has put it on the host, is called by a runtime: no process of the pod is there yet.
 	const next = world.pod('next');
@@ -58,14 +58,15 @@ test('with what overlay sidecar gives it, the agent finds a pod, captures it, ho
 	const entry = chain.plugins.at(-1)!;
 	t.is(entry.type, 'sidestep-cni');
 	t.is(path.dirname(entry.socket!), '/var/run/sidestep');
-	const call = run('env', [
+	const call = Running.start('env', [
 		'CNI_COMMAND=ADD', 'CNI_CONTAINERID=c1', `CNI_NETNS=${next.netns}`, 'CNI_IFNAME=eth0', `CNI_PATH=${node.hostPath('/opt/cni/bin')}`, 'CNI_ARGS=K8S_POD_NAMESPACE=shop;K8S_POD_NAME=next',
 		path.join(node.hostPath('/opt/cni/bin'), entry.type),
-	], {input: JSON.stringify({
+	]);
+	call.child.stdin!.end(JSON.stringify({
 		cniVersion: '1.0.0', name: 'pods', ...entry, socket: path.join(node.hostPath('/var/run/sidestep'), path.basename(entry.socket!)),
 		prevResult: {cniVersion: '1.0.0', interfaces: [{name: 'eth0', sandbox: next.netns}], ips: [{address: `${next.ipv4}/24`, interface: 0}, {address: `${next.ipv6}/64`, interface: 0}]},
-	})});
-	t.is(call.code, 0, `${call.stdout}${call.stderr}${first.running.stderr}`);
+	}));
+	t.is(await call.ended, 0, `${call.stdout}${call.stderr}${first.running.stderr}`);
 	t.deepEqual(cluster.enrolled(), ['shop/next', 'shop/web']);
 
 	// What the guide says to type.
