@@ -227,7 +227,7 @@ class Turn {
 
 		const netns = this.#find({device: netnsDevice, inode: netnsInode});
 		netns?.close();
-		return netns !== undefined || this.#scan!.isPartial;
+		return netns !== undefined || this.#scan!.isBlind;
 	}
 
 	#find(identity: NetnsIdentity): NetNs | undefined {
