@@ -1,6 +1,7 @@
 /**
 The pods of this node as Kubernetes has them, and what is to be captured of each.
 */
+import {isDeepStrictEqual} from 'node:util';
 import {InputError, reasonOf} from '../errors.js';
 import type {PodSpec, Wish} from '../config/pods-file.js';
 import type {KubernetesClient} from '../kubernetes/client.js';
@@ -37,8 +38,8 @@ export class NodePods {
 	readonly #namespaces: Reflector<NamespaceObject>;
 	readonly #specs = new Map<string, PodSpec>();
 	readonly #called = new Map<string, CalledPod>();
-	/** What the CNI call said: a pod's status has no addresses then. */
-	readonly #calledIps = new Map<string, readonly string[]>();
+	/** What the CNI call said, by uid: the pod's status has no addresses then, or those of a sandbox that is gone. */
+	readonly #calledIps = new Map<string, {readonly ips: readonly string[]; readonly outdated: readonly string[]}>();
 	#onChange: (names: ReadonlySet<string>) => void = () => {};
 
 	constructor(options: NodePodsOptions) {
@@ -110,7 +111,7 @@ export class NodePods {
 		const wish = this.#wishFor(pod, namespaceLabels);
 		if ('capture' in wish) {
 			this.#options.locator.learn(name, pod.uid, netns);
-			this.#calledIps.set(pod.uid, ips);
+			this.#calledIps.set(pod.uid, {ips, outdated: pod.podIPs});
 			this.#called.set(name, {pod, at: performance.now(), namespaceLabels});
 		}
 
@@ -169,7 +170,8 @@ export class NodePods {
 	#specOf(name: string, pod: PodObject): PodSpec {
 		const labels = this.#namespaces.items.get(pod.namespace)?.labels ?? this.#called.get(name)?.namespaceLabels;
 		const wish: Wish = labels === undefined ? {waiting: `its namespace ${pod.namespace} is not known yet`} : this.#wishFor(pod, labels);
-		const status = pod.podIPs.length > 0 ? pod.podIPs : this.#calledIps.get(pod.uid) ?? [];
+		const called = this.#calledIps.get(pod.uid);
+		const status = called && (pod.podIPs.length === 0 || isDeepStrictEqual(pod.podIPs, called.outdated)) ? called.ips : pod.podIPs;
 		if (!('capture' in wish)) {
 			return {name, wish};
 		}
