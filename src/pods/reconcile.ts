@@ -172,8 +172,7 @@ class Turn {
 		const owners = kernel.owners(keep);
 		const divided = this.#divideAddresses(new Map([...owners].map(([id, cookie]) => [id, kernel.infos.get(cookie)?.name ?? ''])));
 
-		const steered = new Set(this.datapath.steeredPods());
-		for (const cookie of steered) {
+		for (const cookie of this.datapath.steeredPods()) {
 			// Before its entries go: a link without them refuses everything.
 			if (((own.get(cookie)?.pod.flags ?? 0) & POD_INBOUND) === 0 && !keep.has(cookie)) {
 				this.datapath.unsteer(cookie);
@@ -195,7 +194,7 @@ class Turn {
 			const pod = opened.get(name);
 			if (pod && !failures.has(name)) {
 				const was = before.get(policy.cookie);
-				this.#finish(policy, pod, {isNew: !was, isSteered: steered.has(policy.cookie), losesSources: ((was?.flags ?? 0) & ~policy.pod.flags & POD_KEEP_SOURCE) !== 0});
+				this.#finish(policy, pod, {isNew: !was, losesSources: ((was?.flags ?? 0) & ~policy.pod.flags & POD_KEEP_SOURCE) !== 0});
 			}
 		}
 
@@ -300,7 +299,7 @@ class Turn {
 	}
 
 	/** What the maps cannot do: the namespace's own settings, listeners that were there first, the link. */
-	#finish(policy: PodPolicy, {netns}: OpenedPod, {isNew, isSteered, losesSources}: {readonly isNew: boolean; readonly isSteered: boolean; readonly losesSources: boolean}): void {
+	#finish(policy: PodPolicy, {netns}: OpenedPod, {isNew, losesSources}: {readonly isNew: boolean; readonly losesSources: boolean}): void {
 		const {name} = policy.info;
 		const {datapath, options} = this;
 		try {
@@ -317,7 +316,7 @@ class Turn {
 
 			if (policy.pod.flags & POD_INBOUND) {
 				netns.runIterator(datapath.programs.get('find_listeners')!);
-				if (!isSteered) {
+				if (!datapath.isSteered(policy.cookie)) {
 					datapath.steer(policy.cookie, netns);
 				}
 			}
