@@ -216,7 +216,8 @@ class Turn {
 	/** The kernel's entries for a pod of which nothing is known stay while its namespace lives; not to be able to look is no reason to take them away. */
 	#isKept(cookie: NetnsCookie, {name, netnsDevice, netnsInode}: PodInfo, opened: ReadonlyMap<string, OpenedPod>): boolean {
 		const spec = this.specs.get(name);
-		if (!spec || this.known.has(name) || 'leave' in spec.wish) {
+		// Without its own entry, as an agent left it that died in the middle, nothing is in force.
+		if (!spec || this.known.has(name) || 'leave' in spec.wish || !this.kernel.pods.has(cookie)) {
 			return false;
 		}
 
