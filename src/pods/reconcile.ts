@@ -62,6 +62,12 @@ export class Reconciler {
 		return this.#failures.has(name) ? undefined : this.#known.get(name)?.file;
 	}
 
+	/** Where the kernel has a pod of this name captured, as of the last round. */
+	formerOf(name: string): NetnsIdentity | undefined {
+		const info = [...this.#kernel?.infos.values() ?? []].find(info => info.name === name);
+		return info && {device: info.netnsDevice, inode: info.netnsInode};
+	}
+
 	/**
 	@param specs - all pods there should be, by name. The kernel's entries of other names go.
 	@param due - those that are looked at now; of the others, what is known of them holds, and of those never looked at, what the kernel has.
