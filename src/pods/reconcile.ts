@@ -150,7 +150,11 @@ export class Reconciler {
 	/** Pods that were not looked at, and have an address of one that was: perhaps their namespace has ended, and the address was given out again. */
 	#rivalsOf(due: ReadonlySet<string>): ReadonlySet<string> {
 		const claimed = new Set([...due].flatMap(name => this.#known.get(name)?.policy.addresses ?? []).map(key => addressId(key)));
-		return new Set([...this.#known].filter(([name, {policy}]) => !due.has(name) && policy.addresses.some(key => claimed.has(addressId(key)))).map(([name]) => name));
+		const kernel = this.#kernel!;
+		return new Set([
+			...[...this.#known].filter(([, {policy}]) => policy.addresses.some(key => claimed.has(addressId(key)))).map(([name]) => name),
+			...[...kernel.infos].filter(([cookie, {name}]) => !this.#known.has(name) && [...kernel.addressesOf(cookie).keys()].some(id => claimed.has(id))).map(([, {name}]) => name),
+		].filter(name => !due.has(name)));
 	}
 }
 
