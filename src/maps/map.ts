@@ -26,6 +26,11 @@ export class TypedMap<K, V> {
 		return this.raw.delete(this.key.encode(key));
 	}
 
+	keys(): readonly K[] {
+		const {count, keys} = this.raw.entries();
+		return Array.from({length: count}, (_, index) => this.key.decode(slice(keys, index, this.key.size)));
+	}
+
 	/** All entries, in no order. */
 	entries(): Array<[K, V]> {
 		const {count, keys, values} = this.raw.entries();

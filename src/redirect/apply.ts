@@ -5,11 +5,14 @@ import type {Datapath} from '../loader/datapath.js';
 import type {Counters, Maps, Traffic} from '../maps/schema.js';
 import {KernelIndex, type Change, type Step} from './plan.js';
 
-export function readKernel({pods, podInfo, counters, prefixes, ports, exemptions, addresses}: Maps): KernelIndex {
+export function readKernel({pods, podInfo, counters, traffic, prefixes, ports, exemptions, addresses}: Maps): KernelIndex {
+	const counted = new Set(counters.keys());
+	const measured = new Set(traffic.keys());
 	return new KernelIndex({
 		pods: new Map(pods.entries()),
 		infos: new Map(podInfo.entries()),
-		counters: new Set(counters.entriesPerCpu().map(([cookie]) => cookie)),
+		counters: new Set([...counted].filter(cookie => measured.has(cookie))),
+		halfCounted: new Set([...counted, ...measured].filter(cookie => !counted.has(cookie) || !measured.has(cookie))),
 		prefixes: prefixes.entries(),
 		ports: ports.entries(),
 		addresses: addresses.entries(),
@@ -68,7 +71,6 @@ function applyStep(maps: Maps, step: Step, zero: Zero, nowMs: number): () => voi
 		}
 
 		case 'put counters': {
-			// Where there are counters, traffic is or was: so whoever dies in between leaves what the next one mends.
 			maps.traffic.set(step.cookie, zero.traffic);
 			try {
 				maps.counters.set(step.cookie, zero.counters);

@@ -8,7 +8,9 @@ import type {PodPolicy} from './policy.js';
 export interface KernelState {
 	readonly pods: ReadonlyMap<NetnsCookie, PodValue>;
 	readonly infos: ReadonlyMap<NetnsCookie, PodInfo>;
+	/** Those that have an entry in each of the two maps of counts, and those that have it in one only, as whoever died in between leaves them. */
 	readonly counters: ReadonlySet<NetnsCookie>;
+	readonly halfCounted: ReadonlySet<NetnsCookie>;
 	readonly prefixes: ReadonlyArray<readonly [PrefixKey, PrefixValue]>;
 	readonly ports: ReadonlyArray<readonly [PortKey, PortValue]>;
 	readonly exemptions: readonly ExemptionKey[];
@@ -51,14 +53,16 @@ export class KernelIndex {
 	readonly pods: Map<NetnsCookie, PodValue>;
 	readonly infos: Map<NetnsCookie, PodInfo>;
 	readonly counters: Set<NetnsCookie>;
+	readonly halfCounted: Set<NetnsCookie>;
 	readonly #addresses = new Map<NetnsCookie, Map<string, AddressKey>>();
 	readonly #lists = new Map<number, Map<string, {readonly flags: number; readonly deletion: Step}>>();
 	#lastPolicy = 0;
 
-	constructor({pods, infos, counters, prefixes, ports, exemptions, addresses}: KernelState) {
+	constructor({pods, infos, counters, halfCounted, prefixes, ports, exemptions, addresses}: KernelState) {
 		this.pods = new Map(pods);
 		this.infos = new Map(infos);
 		this.counters = new Set(counters);
+		this.halfCounted = new Set(halfCounted);
 		for (const [key, cookie] of addresses) {
 			inner(this.#addresses, cookie).set(addressId(key), key);
 		}
@@ -163,6 +167,7 @@ export class KernelIndex {
 
 			case 'put counters': {
 				this.counters.add(step.cookie);
+				this.halfCounted.delete(step.cookie);
 				break;
 			}
 
@@ -183,6 +188,7 @@ export class KernelIndex {
 
 			case 'delete counters': {
 				this.counters.delete(step.cookie);
+				this.halfCounted.delete(step.cookie);
 				break;
 			}
 
@@ -206,7 +212,7 @@ after the one that makes them unused.
 */
 export function plan(kernel: KernelIndex, due: readonly PodPolicy[], keep: ReadonlySet<NetnsCookie> = new Set()): readonly Change[] {
 	const wanted = new Set(due.map(({cookie}) => cookie));
-	const removals = [...new Set([...kernel.pods.keys(), ...kernel.infos.keys(), ...kernel.counters, ...kernel.addressed()])]
+	const removals = [...new Set([...kernel.pods.keys(), ...kernel.infos.keys(), ...kernel.counters, ...kernel.halfCounted, ...kernel.addressed()])]
 		.filter(cookie => !wanted.has(cookie) && !keep.has(cookie))
 		.map(cookie => remove(kernel, cookie));
 	const changes = due.map(policy => enrol(kernel, policy));
@@ -226,7 +232,7 @@ function remove(kernel: KernelIndex, cookie: NetnsCookie): Change {
 			...(pod ? [{do: 'delete pod' as const, cookie}] : []),
 			...[...kernel.addressesOf(cookie).values()].map(key => ({do: 'delete address' as const, key})),
 			...(pod ? kernel.deletions(pod.policy) : []),
-			...(kernel.counters.has(cookie) ? [{do: 'delete counters' as const, cookie}] : []),
+			...(kernel.counters.has(cookie) || kernel.halfCounted.has(cookie) ? [{do: 'delete counters' as const, cookie}] : []),
 			...(kernel.infos.has(cookie) ? [{do: 'delete info' as const, cookie}] : []),
 		],
 	};

@@ -93,7 +93,7 @@ class History {
 
 	constructor(readonly index: number, readonly name: string, seed: number) {
 		this.draw = new Draw(randomOf(seed + Math.imul(index, 0x9e_37_79_b1)));
-		this.stepsLeft = 4 + this.draw.below(9);
+		this.stepsLeft = 3 + this.draw.below(7);
 		this.form = this.draw.below(5);
 	}
 
@@ -195,8 +195,8 @@ class Play {
 	async #tick(): Promise<void> {
 		this.ticks++;
 		const {draw} = this;
-		let mustTour = draw.chance(0.2);
-		if (draw.chance(0.3)) {
+		let mustTour = draw.chance(0.12);
+		if (draw.chance(0.25)) {
 			mustTour = await this.#happen() || mustTour;
 		} else {
 			if (this.agent && draw.chance(0.08)) {
@@ -376,6 +376,9 @@ class Play {
 			// It may have looked at the pod before.
 			history.possible = this.#either(history);
 			history.told = undefined;
+			for (const {space} of isTorn ? history.sandboxes : []) {
+				this.#used.add(space);
+			}
 		}
 
 		this.#isTorn ||= isTorn;
@@ -614,6 +617,7 @@ class Play {
 	#cniAdd(history: History): string {
 		const sandbox = this.#makeSandbox(history);
 		const {space, uid} = sandbox;
+		this.#used.add(space);
 		sandbox.file = this.host.nameSpace(space);
 		history.isBusy = true;
 		this.#silent(history);

@@ -21,7 +21,7 @@ function policy(entry: object = {}, facts: Partial<PodFacts> = {}): PodPolicy {
 	return compilePolicy({name, ...(ips ? {ips} : {}), capture: (wish as {capture: Capture}).capture}, {...FACTS, ...facts});
 }
 
-const EMPTY: KernelState = {pods: new Map(), infos: new Map(), counters: new Set(), prefixes: [], ports: [], exemptions: [], addresses: []};
+const EMPTY: KernelState = {pods: new Map(), infos: new Map(), counters: new Set(), halfCounted: new Set(), prefixes: [], ports: [], exemptions: [], addresses: []};
 
 /** The maps after the changes: a model of apply.ts. */
 function carryOut(state: KernelState, changes: readonly Change[]): KernelState {
@@ -52,7 +52,7 @@ function carryOut(state: KernelState, changes: readonly Change[]): KernelState {
 		}
 	}
 
-	return {pods, infos, counters, prefixes, ports, exemptions, addresses};
+	return {pods, infos, counters, halfCounted: new Set(), prefixes, ports, exemptions, addresses};
 }
 
 test('a proxy in the pod is reached at the pod\'s own addresses', t => {
