@@ -30,7 +30,7 @@ interface Sample {
 const WARM_UP = 50;
 const RUN_TIME_PASSES = 5;
 
-const quantile = (values: readonly number[], part: number) => [...values].sort((a, b) => a - b)[Math.floor((values.length - 1) * part)]!;
+export const quantile = (values: readonly number[], part: number) => [...values].sort((a, b) => a - b)[Math.floor((values.length - 1) * part)]!;
 export const median = (values: readonly number[]) => quantile(values, 0.5);
 
 /** Connections of one pod to one destination. */

@@ -4,7 +4,8 @@
  *
  *   established        nothing, but that the client's round trips are watched             sockops
  *   16 exchanges       the pair is worth it: the agent is asked                           RTT_CB → requests
- *   agent              finds both sockets, makes sure that they are peers, joins them     pair, inside their namespaces
+ *   agent              finds both sockets, makes sure that they are peers                 pair, inside their namespaces
+ *                      and joins them                                                     join
  *   each message       redirected to the peer, or by TCP                                  move_bytes
  *
  * Order holds by one rule. A socket's messages go by TCP or are redirected, and it may change from TCP to redirecting only when everything that went by TCP
@@ -25,14 +26,11 @@ enum { CHATTY_SEGMENTS = 16 };
 /* ... one that has not after so many is not watched any longer. */
 enum { WATCHED_SEGMENTS = 4096 };
 
-/* Larger messages are as fast by TCP. */
-enum { LARGE_BYTES = 16384 };
-
 /*
  * What may lie unread with the receiver. The kernel does not bound it at all, and a message of one byte costs about a kilobyte, so messages are counted
  * too.
  */
-enum { BURST_BYTES = 262144, BURST_MESSAGES = 256 };
+enum { BURST_BYTES = 1 << 20, BURST_MESSAGES = 256 };
 
 /* Sequence numbers are read while both ends go on: how far apart those of one connection can be. */
 enum { SEQUENCE_SLACK = 1 << 20 };
@@ -170,59 +168,46 @@ static __always_inline bool fits(const struct pair_end *sender, const struct pai
 	return sent < SEQUENCE_SLACK * 64 && received <= sent + 2 * SEQUENCE_SLACK;
 }
 
-/*
- * A segment of which a part was read must not be in the receive queue when one_queue begins: it would move the whole segment, and the part would be read twice.
- * So nothing may be unread before, and nothing have been read meanwhile; where something was, it has to have been read to its end. The socket is not locked here, and
- * a reader that polls without sleeping can come in between: then nobody knows, and the connection has to be reset.
- */
-static __always_inline enum reason add_unread_free(struct tcp_sock *tcp, struct bpf_sock *found, __u64 cookie)
-{
-	__u32 read_before = tcp->copied_seq, read_after;
-	long error;
-
-	if (read_before != tcp->rcv_nxt)
-		return REASON_UNACCELERATED_UNREAD;
-	error = bpf_map_update_elem(&accelerated, &cookie, found, BPF_NOEXIST);
-	if (error)
-		return error == -EBUSY ? REASON_UNACCELERATED_BUSY : REASON_UNACCELERATED_NO_ROOM;
-	read_after = tcp->copied_seq;
-	return read_after == read_before || read_after == tcp->rcv_nxt ? REASON_ACCELERATED : REASON_UNACCELERATED_RACED;
-}
-
-static __always_inline enum reason join(struct bpf_sock *found, __u64 netns, const struct pair_end *own, const struct pair_end *peer, bool accepted)
+static __always_inline enum reason prepare(struct bpf_sock *found, __u64 netns, const struct pair_end *own, const struct pair_end *peer, bool accepted)
 {
 	struct acceleration_of *mine = bpf_sk_storage_get(&acceleration_of, found, NULL, BPF_SK_STORAGE_GET_F_CREATE);
-	struct tcp_sock *tcp = bpf_skc_to_tcp_sock(found);
-	enum reason reason;
+	__u64 cookie = own->cookie;
 
-	if (!mine || !tcp)
+	if (!mine)
 		return REASON_UNACCELERATED_NO_ROOM;
 	/* By an earlier try, in which the other end was not ready. */
 	if (mine->peer_cookie == peer->cookie)
 		return REASON_ACCELERATED;
 	mine->netns = netns;
-	mine->cookie = own->cookie;
+	mine->cookie = cookie;
 	mine->peer_cookie = peer->cookie;
 	mine->peer = peer->sock;
 	mine->accepted = accepted;
 	mine->on_tcp = 1 + TCP_UNDRAINED;
-	reason = add_unread_free(tcp, found, own->cookie);
-	if (reason != REASON_ACCELERATED)
-		bpf_sk_storage_delete(&acceleration_of, found);
-	return reason;
+	if (bpf_sk_storage_get(&joining, found, &cookie, BPF_SK_STORAGE_GET_F_CREATE))
+		return REASON_ACCELERATED;
+	bpf_sk_storage_delete(&acceleration_of, found);
+	return REASON_UNACCELERATED_NO_ROOM;
 }
 
-/* BPF_PROG_TEST_RUN on a struct pairing, on a thread inside the namespace of one end or of both. */
+/*
+ * BPF_PROG_TEST_RUN on a struct pairing, on a thread inside the namespace of one end or of both. It only chooses: since 7.3 a packet program may not put sockets into a map.
+ * Without a namespace it counts what became of it all.
+ */
 SEC("tc")
 int pair(struct __sk_buff *ctx)
 {
 	struct bpf_sock *client = NULL, *server = NULL;
-	enum reason outcome = REASON_ACCELERATED;
 	struct pairing pairing;
 	struct request *request = &pairing.request;
+	enum reason outcome = REASON_ACCELERATED;
 
 	if (bpf_skb_load_bytes(ctx, 0, &pairing, sizeof(pairing)))
 		return -EINVAL;
+	if (!pairing.here) {
+		count(request->netns, pairing.outcome < REASONS ? pairing.outcome : REASON_UNACCELERATED_GONE);
+		return 0;
+	}
 	if (pairing.here & PAIR_CLIENT) {
 		client = find_socket(ctx, &request->remote, request->remote_port, &request->local, request->local_port);
 		outcome = client ? look_at(client, &pairing.client) : REASON_UNACCELERATED_GONE;
@@ -235,19 +220,59 @@ int pair(struct __sk_buff *ctx)
 		if (!fits(&pairing.client, &pairing.server) || !fits(&pairing.server, &pairing.client))
 			outcome = REASON_UNACCELERATED_STRANGER;
 		if (outcome == REASON_ACCELERATED && server)
-			outcome = join(server, request->peer_netns, &pairing.server, &pairing.client, true);
+			outcome = prepare(server, request->peer_netns, &pairing.server, &pairing.client, true);
 		if (outcome == REASON_ACCELERATED && client)
-			outcome = join(client, request->netns, &pairing.client, &pairing.server, false);
+			outcome = prepare(client, request->netns, &pairing.client, &pairing.server, false);
 	}
-	/* Of two namespaces' runs the last one tells. */
-	if (outcome != REASON_ACCELERATED || (client && pairing.server.cookie))
-		count(request->netns, outcome);
 	if (client)
 		bpf_sk_release(client);
 	if (server)
 		bpf_sk_release(server);
 	pairing.outcome = outcome;
 	return bpf_skb_store_bytes(ctx, 0, &pairing, sizeof(pairing), 0);
+}
+
+/*
+ * A segment of which a part was read must not be in the receive queue when one_queue begins: it would move the whole segment, and the part would be read twice.
+ * So nothing may be unread before, and nothing have been read meanwhile; where something was, it has to have been read to its end. The socket is not locked here, and
+ * a reader that polls without sleeping can come in between: then nobody knows, and the connection has to be reset.
+ */
+static __always_inline enum reason add_unread_free(struct sock *sk, __u64 cookie)
+{
+	struct tcp_sock *tcp = bpf_skc_to_tcp_sock(sk);
+	__u32 read_before, read_after;
+	/* Not long: before 6.4 map operations set the lower half of it only. */
+	int error;
+
+	/* The memory of a socket that ended may be another's. */
+	if (!tcp || (__u64)sk->__sk_common.skc_cookie.counter != cookie)
+		return REASON_UNACCELERATED_GONE;
+	read_before = tcp->copied_seq;
+	if (read_before != tcp->rcv_nxt)
+		return REASON_UNACCELERATED_UNREAD;
+	error = bpf_map_update_elem(&accelerated, &cookie, sk, BPF_NOEXIST);
+	if (error)
+		return error == -EBUSY ? REASON_UNACCELERATED_BUSY : error == -EOPNOTSUPP ? REASON_UNACCELERATED_GONE : REASON_UNACCELERATED_NO_ROOM;
+	read_after = tcp->copied_seq;
+	return read_after == read_before || read_after == tcp->rcv_nxt ? REASON_ACCELERATED : REASON_UNACCELERATED_RACED;
+}
+
+/* Puts the sockets that `pair` chose into `accelerated`; writes a struct joined for each. */
+SEC("iter/bpf_sk_storage_map")
+int join(struct bpf_iter__bpf_sk_storage_map *ctx)
+{
+	struct sock *sk = ctx->sk;
+	__u64 *cookie = ctx->value;
+	struct joined joined;
+
+	if (!sk || !cookie)
+		return 0;
+	joined.outcome = add_unread_free(sk, *cookie);
+	if (joined.outcome != REASON_ACCELERATED)
+		bpf_sk_storage_delete(&acceleration_of, sk);
+	bpf_sk_storage_delete(&joining, sk);
+	bpf_seq_write(ctx->meta->seq, &joined, sizeof(joined));
+	return 0;
 }
 
 /* Everything below `peer` may be memory of something else by now: only the last field read, the cookie, says that it was not. */
@@ -262,8 +287,9 @@ static __always_inline enum tcp_reason why_by_tcp(struct sk_msg_md *msg, struct 
 
 	if (!accelerates(pod))
 		return TCP_OFF;
-	if (msg->size > LARGE_BYTES)
-		return TCP_LARGE;
+	/* Whether the receiver has read is only looked at when it begins to matter: each read of its memory costs as much as a look-up. */
+	if (!mine->on_tcp && mine->burst_bytes + msg->size <= BURST_BYTES / 2 && mine->burst_messages < BURST_MESSAGES / 2)
+		return TCP_REASONS;
 
 	/* The lowest bits are flags (SK_USER_DATA_PTRMASK). */
 	queues = (struct sk_psock *)((__u64)BPF_CORE_READ(peer_sk, sk_user_data) & ~7ULL);

@@ -395,7 +395,6 @@ struct socket_record {
 /* Why a message goes by TCP although its pair is accelerated. */
 enum tcp_reason {
 	TCP_OFF,                       /* switched off for the pod or the node */
-	TCP_LARGE,                     /* TCP is as fast there */
 	TCP_FULL,                      /* the receiver has not read what it has */
 	TCP_UNDRAINED,                 /* earlier bytes went by TCP, and are not all read yet: to go past them would reorder */
 	TCP_PEER_GONE,
@@ -462,17 +461,30 @@ struct pair_end {
 
 enum { PAIR_CLIENT = 1, PAIR_SERVER = 2 };
 
-/* The packet that `pair` is run on, once for each namespace that has an end of the pair, and once more in the first of two. */
+/* The packet that `pair` is run on: once for each namespace that has an end of the pair, once more in the first of two, and once to count. */
 struct pairing {
 	__u8 pad0[16];
 	struct request request;
 	struct pair_end client;
 	struct pair_end server;
-	__u32 here;                    /* PAIR_… bits: whose namespace this is */
+	__u32 here;                    /* PAIR_… bits: whose namespace this is; 0: `outcome` is to be counted */
 	enum reason outcome;           /* REASON_ACCELERATED, or why not */
 };
 
-/* build: which object runs. */
+/* The packet that `add_counts` is run on. */
+struct carried {
+	__u8 pad[16];
+	__u64 netns;
+	struct counters counters;
+	struct traffic traffic;
+};
+
+/* What `join` writes for each socket. */
+struct joined {
+	enum reason outcome;
+};
+
+/* build: which object runs. An upgrade makes it anew, so that its BTF describes the whole layout. */
 struct build {
 	__u32 layout;
 	char version[28];

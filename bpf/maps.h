@@ -110,12 +110,28 @@ struct {
 	__type(value, __u64);
 } accelerated SEC(".maps");
 
+/* 0 → move_bytes of the build that runs. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PROG_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, __u32);
+} msg_programs SEC(".maps");
+
 struct {
 	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
 	__uint(map_flags, BPF_F_NO_PREALLOC);
 	__type(key, int);
 	__type(value, struct acceleration_of);
 } acceleration_of SEC(".maps");
+
+/* Its cookie, of a socket that `pair` was content with, until `join` has put it into `accelerated`. */
+struct {
+	__uint(type, BPF_MAP_TYPE_SK_STORAGE);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, int);
+	__type(value, __u64);
+} joining SEC(".maps");
 
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_HASH);
@@ -162,7 +178,9 @@ const enum role anchor_role __attribute__((used)) = ROLE_CLIENT;
 const struct question anchor_question __attribute__((used)) = {};
 const struct request anchor_request __attribute__((used)) = {};
 const struct pairing anchor_pairing __attribute__((used)) = {};
+const struct joined anchor_joined __attribute__((used)) = {};
 const enum tcp_reason anchor_tcp_reason __attribute__((used)) = TCP_OFF;
+const struct carried anchor_carried __attribute__((used)) = {};
 const struct socket_record anchor_socket_record __attribute__((used)) = {};
 
 static __always_inline void count(__u64 netns, enum reason reason)

@@ -6,5 +6,6 @@
 #include "accelerate.bpf.c"
 #include "original_dst.bpf.c"
 #include "ask.bpf.c"
+#include "upgrade.bpf.c"
 
 char LICENSE[] SEC("license") = "Dual MIT/GPL";

@@ -20,6 +20,7 @@
 #include <map>
 #include <nlohmann/json.hpp>
 #include <string>
+#include <vector>
 
 using Json = nlohmann::ordered_json;
 
@@ -129,6 +130,8 @@ struct NetConf {
 	std::string version;
 	std::string socket = kDefaultSocket;
 	int timeout_seconds = kDefaultTimeoutSeconds;
+	/* Namespaces whose pods start without asking: they must, where the agent cannot run without them. */
+	std::vector<std::string> excluded;
 	Json previous;
 	/* The same, as it was written: what a chained plugin that changes nothing prints. */
 	std::string previous_text;
@@ -195,6 +198,13 @@ static NetConf ParseNetConf(const std::string& input, std::string& version) {
 			throw wrong("timeoutSeconds", "a whole number from 1 to " + std::to_string(kMaxTimeoutSeconds), seconds);
 		}
 		conf.timeout_seconds = static_cast<int>(seconds.get<int64_t>());
+	}
+	if (json.contains("excludeNamespaces")) {
+		const Json& names = json["excludeNamespaces"];
+		if (!names.is_array() || !std::all_of(names.begin(), names.end(), [](const Json& name) { return name.is_string(); })) {
+			throw wrong("excludeNamespaces", "a list of names", names);
+		}
+		conf.excluded = names.get<std::vector<std::string>>();
 	}
 	conf.previous = json.value("prevResult", Json());
 	return conf;
@@ -384,12 +394,16 @@ static void AskUntilAnswered(const NetConf& conf, const char* command, const std
 
 /* --- the commands */
 
-static std::string Body(const NetConf& conf, std::map<std::string, std::string>& arguments, bool is_add) {
+static std::string Body(const NetConf& conf, const std::map<std::string, std::string>& arguments, bool is_add) {
+	auto argument = [&](const char* key) {
+		auto found = arguments.find(key);
+		return found == arguments.end() ? std::string() : found->second;
+	};
 	Json body = {
 		{"Netns", Environment("CNI_NETNS", is_add)},
-		{"PodName", arguments["K8S_POD_NAME"]},
-		{"PodNamespace", arguments["K8S_POD_NAMESPACE"]},
-		{"PodUid", arguments["K8S_POD_UID"]},
+		{"PodName", argument("K8S_POD_NAME")},
+		{"PodNamespace", argument("K8S_POD_NAMESPACE")},
+		{"PodUid", argument("K8S_POD_UID")},
 		{"ContainerId", Environment("CNI_CONTAINERID", true)},
 		{"IPs", PodAddresses(conf.previous)},
 	};
@@ -424,8 +438,8 @@ static void AddOrCheck(const std::string& input, std::string& version, bool is_a
 	Environment("CNI_IFNAME", true);
 	auto arguments = ParseArguments(Environment("CNI_ARGS", false));
 	std::string body = Body(conf, arguments, true);
-	/* Others than pods are none of the agent's business. */
-	if (arguments.count("K8S_POD_NAME")) {
+	/* Others than pods are none of the agent's business, nor are pods that it leaves alone. */
+	if (arguments.count("K8S_POD_NAME") && std::find(conf.excluded.begin(), conf.excluded.end(), arguments["K8S_POD_NAMESPACE"]) == conf.excluded.end()) {
 		AskUntilAnswered(conf, is_add ? "/cmdadd" : "/cmdcheck", body);
 	}
 	if (is_add) {
@@ -451,7 +465,7 @@ static void Run(std::string& version) {
 	} else if (command == "VERSION") {
 		Version(input);
 	} else if (command != "STATUS" && command != "GC") {
-		/* STATUS: a node whose agent is away must not count as one without a network, or the agent would not be started there. GC: nothing of ours is left. */
+		/* STATUS: a node must not count as one without a network (NotReady) each time its agent restarts. GC: nothing of ours is left. */
 		throw Failure{BAD_ENVIRONMENT, "CNI_COMMAND is not known", "expected ADD, DEL, CHECK, VERSION, STATUS or GC, got " + command.substr(0, 200)};
 	}
 }

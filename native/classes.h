@@ -21,6 +21,7 @@ class Map : public Napi::ObjectWrap<Map>, public FdHandle {
  private:
 	Napi::Value Fd(const Napi::CallbackInfo& info);
 	Napi::Value Info(const Napi::CallbackInfo& info);
+	Napi::Value GetBtf(const Napi::CallbackInfo& info);
 	Napi::Value Lookup(const Napi::CallbackInfo& info);
 	Napi::Value Update(const Napi::CallbackInfo& info);
 	Napi::Value Delete(const Napi::CallbackInfo& info);

@@ -1,4 +1,5 @@
 #include <bpf/bpf.h>
+#include <bpf/btf.h>
 
 #include <cerrno>
 #include <cstring>
@@ -25,6 +26,7 @@ size_t Map::LookupSize() const {
 Napi::Function Map::Define(Napi::Env env) {
 	return DefineClass(env, "BpfMap", {
 		InstanceMethod<&Map::Info>("info"),
+		InstanceMethod<&Map::GetBtf>("btf"),
 		InstanceMethod<&Map::Lookup>("lookup"),
 		InstanceMethod<&Map::Update>("update"),
 		InstanceMethod<&Map::Delete>("delete"),
@@ -75,6 +77,23 @@ Napi::Value Map::Info(const Napi::CallbackInfo& info) {
 	result.Set("lookupSize", static_cast<double>(LookupSize()));
 	result.Set("btfId", now.btf_id);
 	return result;
+}
+
+Napi::Value Map::GetBtf(const Napi::CallbackInfo& info) {
+	Napi::Env env = info.Env();
+	fd(env);
+	if (spec_.btf_id == 0) {
+		return env.Undefined();
+	}
+	btf* types = btf__load_from_kernel_by_id(spec_.btf_id);
+	if (!types) {
+		ThrowErrno(env, errno, "bpf(BPF_BTF_GET_FD_BY_ID)", subject());
+	}
+	uint32_t size = 0;
+	const void* raw = btf__raw_data(types, &size);
+	Napi::Value bytes = raw ? CopyBytes(env, raw, size) : env.Undefined();
+	btf__free(types);
+	return bytes;
 }
 
 Napi::Value Map::Lookup(const Napi::CallbackInfo& info) {

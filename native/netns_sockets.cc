@@ -15,7 +15,14 @@ Napi::Value NetNs::RunIterator(const Napi::CallbackInfo& info) {
 	Napi::Env env = info.Env();
 	Program& program = Program::From(info, 0, "program");
 	int own = program.fd(env);
-	OwnedFd link{Checked(env, "bpf(BPF_LINK_CREATE)", program.subject(), [&] { return bpf_link_create(own, 0, BPF_TRACE_ITER, nullptr); })};
+	bpf_iter_link_info target = {};
+	LIBBPF_OPTS(bpf_link_create_opts, opts);
+	if (!info[1].IsUndefined()) {
+		target.map.map_fd = Map::From(info, 1, "map").fd(env);
+		opts.iter_info = &target;
+		opts.iter_info_len = sizeof(target);
+	}
+	OwnedFd link{Checked(env, "bpf(BPF_LINK_CREATE)", program.subject(), [&] { return bpf_link_create(own, 0, BPF_TRACE_ITER, &opts); })};
 	std::vector<uint8_t> written;
 	Inside(env, program.subject(), [&] {
 		/* Of whoever creates it: the namespace is taken here, not at the first read. */

@@ -3,6 +3,7 @@
 #include <bpf/libbpf.h>
 #include <fcntl.h>
 #include <linux/capability.h>
+#include <linux/membarrier.h>
 #include <poll.h>
 #include <sys/file.h>
 #include <sys/mount.h>
@@ -126,6 +127,18 @@ static Napi::Value EnableStats(Info info) {
 	int fd = bpf_enable_stats(BPF_STATS_RUN_TIME);
 	CheckErrno(info.Env(), fd, errno, "bpf(BPF_ENABLE_STATS)", "run time");
 	return Napi::Number::New(info.Env(), fd);
+}
+
+/* BPF programs that are attached here run under RCU: past a grace period none that was replaced before it still runs. */
+static Napi::Value WaitForPrograms(Info info) {
+	if (syscall(SYS_membarrier, MEMBARRIER_CMD_GLOBAL, 0, 0)) {
+		if (errno != EINVAL) {
+			ThrowErrno(info.Env(), errno, "membarrier", "MEMBARRIER_CMD_GLOBAL");
+		}
+		/* nohz_full has no such command; no program runs for that long. */
+		usleep(100'000);
+	}
+	return info.Env().Undefined();
 }
 
 static Napi::Value Bind(Info info) {
@@ -327,6 +340,7 @@ void DefineSystem(Napi::Env env, Napi::Object exports) {
 		{"ids", Ids},
 		{"cgroupPrograms", CgroupPrograms},
 		{"enableStats", EnableStats},
+		{"waitForPrograms", WaitForPrograms},
 		{"openRingBuffer", OpenRingBuffer},
 		{"openNetns", OpenNetns},
 		{"netnsOfSocket", NetnsOfSocket},

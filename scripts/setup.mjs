@@ -1,4 +1,4 @@
-// `node scripts/setup.mjs bench|demo|programs|test`: brings a bare Debian with Node to where the demo or the tests run: Debian packages, npm packages, the build.
+// `node scripts/setup.mjs bench|demo|kernels|programs|test`: brings a bare Debian with Node to where the demo or the tests run: Debian packages, npm packages, the build.
 // Says what it installs, and does nothing twice. Plain Node, as nothing is installed yet.
 import {spawnSync} from 'node:child_process';
 import {existsSync, readFileSync, rmSync, writeFileSync} from 'node:fs';
@@ -13,6 +13,7 @@ const PACKAGES = {
 	build: BUILD,
 	bench: [...BUILD, 'iproute2', 'iptables', 'procps'],
 	demo: [...BUILD, 'iproute2', 'haproxy', 'curl'],
+	kernels: [...BUILD, 'iproute2', 'qemu-system-x86', 'busybox-static', 'kmod', 'xz-utils'],
 	test: [...BUILD, ...TEST],
 	programs: [...BUILD, ...TEST, 'nginx', 'redis-server', 'redis-tools', 'postgresql'],
 };

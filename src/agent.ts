@@ -4,7 +4,7 @@ The only place that wires the parts together: `sidestep run`.
 import {FilePods} from './config/file-pods.js';
 import type {PodSpec} from './config/pods-file.js';
 import {HostError, reasonOf} from './errors.js';
-import {load, type Datapath} from './loader/datapath.js';
+import {load, type Datapath, type LoadOptions} from './loader/datapath.js';
 import {ensureBpffs, requireCapabilities, resolveCgroup} from './loader/host.js';
 import {takeWriterLock} from './loader/lock.js';
 import {openObject} from './loader/object.js';
@@ -39,6 +39,8 @@ export interface AgentOptions {
 	readonly resetOlder: boolean;
 	/** What it was before when left out; `off` at first. */
 	readonly acceleration?: AccelerationWish | undefined;
+	/** Another build's object, and its way to it. */
+	readonly build?: Pick<LoadOptions, 'object' | 'migrations'>;
 	readonly log: (line: string) => void;
 	readonly signal: AbortSignal;
 }
@@ -63,7 +65,7 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 		log(`mounted a bpf file system at ${options.bpffs}`);
 	}
 
-	const opened = openObject();
+	const opened = openObject(options.build?.object);
 	opened.object.close();
 	const lock = takeWriterLock(new PinLayout(options.bpffs, opened.schema.layoutVersion));
 	let datapath: Datapath | undefined;
@@ -90,7 +92,7 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 		server = served.server;
 		requireWorkingCapture();
 		const {maxPods} = options;
-		const loaded = load(lock, {cgroup, maxEntries: {pods: maxPods, pod_info: maxPods, counters: maxPods}});
+		const loaded = load(lock, {cgroup, maxEntries: {pods: maxPods, pod_info: maxPods, counters: maxPods}, ...options.build});
 		datapath = loaded.datapath;
 		const wish = options.acceleration ?? wishNow(datapath);
 		datapath.maps.node.set(0, {...datapath.maps.node.get(0)!, netns: nodeCookie(options)});

@@ -61,11 +61,33 @@ export class LockedError extends AgentError {
 	}
 }
 
+/** The pins are another version's. */
 export class LayoutVersionError extends AgentError {
 	readonly code = 'ERR_LAYOUT_VERSION';
 
-	constructor(readonly path: string, readonly pinned: string, readonly ours: number) {
-		super(`${path} holds layout ${pinned}, and this build knows v${ours} only: run the \`sidestep unload\` of the version that made it, or that version itself`);
+	/** @param pinned - as `layout v3 of sidestep 0.2.0`; likewise `ours`. */
+	constructor(readonly path: string, readonly pinned: string, readonly ours: string, readonly isNewer: boolean) {
+		super(`${path} holds ${pinned}, and this is ${ours}: ${isNewer
+			? 'there is no way back, as older programs cannot read newer maps; go on with that version, or run its `sidestep unload` first'
+			: 'use that version\'s commands, or start `sidestep run` of this one, which upgrades without a gap'}`);
+	}
+}
+
+/** Nothing is changed then: the older programs go on. */
+export class MigrationError extends AgentError {
+	readonly code = 'ERR_MIGRATION';
+
+	constructor(readonly from: number, readonly to: number, readonly problem: string, options?: ErrorOptions) {
+		super(`layout v${from} cannot be upgraded to v${to} (${problem}); nothing was changed: start the version that made it, go by a version in between, or run its \`sidestep unload\` and start this one`, options);
+	}
+}
+
+/** The agent died in the middle of an upgrade, after the point of no return. */
+export class UnfinishedUpgradeError extends AgentError {
+	readonly code = 'ERR_UNFINISHED_UPGRADE';
+
+	constructor(readonly path: string, readonly from: number, readonly to: number) {
+		super(`${path} is in the middle of an upgrade from layout v${from} to v${to}: start \`sidestep run\`, which finishes it`);
 	}
 }
 

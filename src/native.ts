@@ -84,6 +84,8 @@ export interface BpfMap {
 	readonly fd: number;
 	/** Asks the kernel (BPF_OBJ_GET_INFO_BY_FD) each time. */
 	info(): MapInfo;
+	/** The types of the object that made the map, raw; undefined when the kernel kept none ({@link MapInfo.btfId}). Needs CAP_SYS_ADMIN. */
+	btf(): Uint8Array | undefined;
 	/** Gives `lookupSize` bytes, or undefined when the key is absent. */
 	lookup(key: Uint8Array): Uint8Array | undefined;
 	/**
@@ -232,11 +234,12 @@ export interface NetNs {
 	/** Writes it, in the same way. EINVAL when the kernel refuses the value. */
 	setSysctl(procDirectory: string, name: string, value: string): void;
 	/**
-	Runs an iterator program (`iter/tcp`) once inside the namespace: BPF_ITER_CREATE on a link of its own, read to the end. E2BIG when it writes more than
-	32 KiB for one socket.
+	Runs an iterator program (`iter/tcp`, `iter/bpf_sk_storage_map`) once inside the namespace: BPF_ITER_CREATE on a link of its own, read to the end. E2BIG when it writes
+	more than 32 KiB for one socket.
+	@param map - which map's elements it walks, in whatever namespace, where the program walks a map's.
 	@returns what it wrote by bpf_seq_write.
 	*/
-	runIterator(program: BpfProgram): Uint8Array;
+	runIterator(program: BpfProgram, map?: BpfMap): Uint8Array;
 	/**
 	BPF_PROG_TEST_RUN of a packet program (SEC tc) on a thread inside the namespace, which is then the one that its socket look-ups search.
 	@param data - the packet, 14 bytes at least.
@@ -297,6 +300,8 @@ export interface Native {
 	cgroupPrograms(cgroupPath: string, attachType: number): readonly number[];
 	/** Turns run counts on while the returned fd is open (BPF_ENABLE_STATS, 5.8). */
 	enableStats(): number;
+	/** Until no program that was replaced or detached before still runs (an RCU grace period: milliseconds). */
+	waitForPrograms(): void;
 	/**
 	Reads a BPF_MAP_TYPE_RINGBUF on the event loop (libuv). One wake-up hands over at most `maxPerWakeup` samples (default 8192); the rest waits for
 	the next turn of the loop, so that timers and sockets get theirs. Each sample is a copy.

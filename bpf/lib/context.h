@@ -43,9 +43,9 @@
 #define ENOENT 2
 #define EBUSY 16
 #define ENOMEM 12
-#define EBUSY 16
 #define EEXIST 17
 #define EINVAL 22
+#define EOPNOTSUPP 95
 #define EADDRNOTAVAIL 99
 
 /* include/net/sock.h, uapi/linux/in.h and in6.h. */

@@ -123,6 +123,13 @@ struct bpf_iter__tcp {
 	unsigned int uid;
 };
 
+/* The context of an iter/bpf_sk_storage_map program. */
+struct bpf_iter__bpf_sk_storage_map {
+	struct bpf_iter_meta *meta;
+	struct sock *sk;
+	void *value;
+};
+
 /* 5.17 */
 struct bpf_sk_lookup___arrival {
 	__u32 ingress_ifindex;

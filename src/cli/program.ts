@@ -1,8 +1,9 @@
 import {setTimeout as sleep} from 'node:timers/promises';
 import {Argument, Command, CommanderError, InvalidArgumentError, Option} from 'commander';
 import {runAgent, type AgentOptions} from '../agent.js';
+import {addCniCommand} from '../cni/command.js';
 import {AgentError, InputError, NotLoadedError, PodError, reasonOf} from '../errors.js';
-import {Datapath, PROGRAMS, openDatapath, unload} from '../loader/datapath.js';
+import {Datapath, PROGRAMS, finishInterrupted, openDatapath, unload} from '../loader/datapath.js';
 import {DEFAULT_BPFFS, isBpffs, requireCapabilities} from '../loader/host.js';
 import {describeAcceleration, setAcceleration, wishNow, type AccelerationWish} from '../loader/acceleration.js';
 import {isAgentRunning, takeWriterLock} from '../loader/lock.js';
@@ -12,7 +13,6 @@ import {checkHost} from '../loader/probes.js';
 import {canonicalAddress, isIpv4Address} from '../maps/address.js';
 import {MAP_NAMES, UNWALKABLE, type MapName} from '../maps/schema.js';
 import {leaveNamespaces} from '../pods/reconcile.js';
-import {addCniCommand} from '../cni/command.js';
 import {parseListenAddress} from '../metrics/server.js';
 import {addNodeOptions, kubernetesOptions, type NodeCliOptions} from '../node/options.js';
 import type {Environment} from './environment.js';
@@ -107,8 +107,6 @@ function createProgram(environment: Environment, setCode: (code: number) => void
 				signal,
 			});
 		});
-
-	addCniCommand(program, environment);
 
 	program.command('check')
 		.description('try what this kernel can do: what works, what degrades, what is missing')
@@ -263,6 +261,7 @@ function createProgram(environment: Environment, setCode: (code: number) => void
 			opened.object.close();
 			const lock = takeWriterLock(new PinLayout(options.bpffs, opened.schema.layoutVersion));
 			try {
+				finishInterrupted(lock);
 				if (options.drain && !await drain(options.bpffs)) {
 					stderr('sidestep: interrupted: nothing is unloaded, and acceleration stays off\n');
 					setCode(EXIT_FAILED);
@@ -282,6 +281,7 @@ function createProgram(environment: Environment, setCode: (code: number) => void
 			}
 		});
 
+	addCniCommand(program, environment);
 	return program;
 
 	/** @returns false when it was interrupted first. */

@@ -18,7 +18,7 @@ interface Options {
 }
 
 /** Adds `cni install` and `cni uninstall`. */
-export function addCniCommand(program: Command, {stderr}: Environment): void {
+export function addCniCommand(program: Command, {stderr}: Pick<Environment, 'stderr'>): void {
 	const bin = () => new Option('--cni-bin <directory>', 'where the container runtime looks for plugins').env('SIDESTEP_CNI_BIN').default(DEFAULT_CNI_BIN);
 	const conf = () => new Option('--cni-conf <directory>', 'where the container runtime looks for networks').env('SIDESTEP_CNI_CONF').default(DEFAULT_CNI_CONF);
 	const installer = ({cniBin, cniConf, cniSocket = DEFAULT_CNI_SOCKET, cniTimeout = DEFAULT_CNI_TIMEOUT_SECONDS}: Partial<Options>) => new CniInstaller({

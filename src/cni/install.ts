@@ -47,6 +47,8 @@ export interface CniInstallerOptions {
 	readonly socketPath: string;
 	/** @see DEFAULT_CNI_TIMEOUT_SECONDS */
 	readonly timeoutSeconds: number;
+	/** Namespaces whose pods start without asking the agent. */
+	readonly excludeNamespaces?: readonly string[];
 	readonly log: (line: string) => void;
 	/** For {@link CniInstaller.watch}: compare this often although nothing was heard. */
 	readonly checkMs?: number;
@@ -72,7 +74,7 @@ interface Network {
 export class CniInstaller {
 	state: CniInstallState = {installed: false, problem: 'the CNI plugin is not installed yet'};
 	readonly #options: CniInstallerOptions;
-	readonly #watchers = new Map<string, FSWatcher>();
+	#watchers: FSWatcher[] = [];
 	#check: NodeJS.Timeout | undefined;
 	#settle: NodeJS.Timeout | undefined;
 	/** Identities of the built and the installed file when they were last found to be the same. */
@@ -116,11 +118,7 @@ export class CniInstaller {
 		clearInterval(this.#check);
 		clearTimeout(this.#settle);
 		this.#check = undefined;
-		for (const watcher of this.#watchers.values()) {
-			watcher.close();
-		}
-
-		this.#watchers.clear();
+		this.#deafen();
 	}
 
 	/**
@@ -213,8 +211,8 @@ export class CniInstaller {
 	}
 
 	#entry(): Json {
-		const {socketPath, timeoutSeconds} = this.#options;
-		return {type: PLUGIN_NAME, socket: socketPath, timeoutSeconds};
+		const {socketPath, timeoutSeconds, excludeNamespaces = []} = this.#options;
+		return {type: PLUGIN_NAME, socket: socketPath, timeoutSeconds, ...(excludeNamespaces.length > 0 ? {excludeNamespaces} : {})};
 	}
 
 	/** Counts a change of a network. @throws HostError when it is not our turn: another program undoes each. */
@@ -259,9 +257,8 @@ export class CniInstaller {
 			return;
 		}
 
-		// A list that we made goes as a whole, with the file it was made of.
-		const isMade = isList(file) && ['.conf', '.json'].some(extension => existsSync(file.slice(0, -'.conflist'.length) + extension + SAVED));
-		if (!isList(file) || isMade || !existsSync(file) || !readFileSync(file, 'utf8').includes(PLUGIN_NAME)) {
+		// A list that we made may have gone with the file that it was made of.
+		if (!isList(file) || !existsSync(file) || !readFileSync(file, 'utf8').includes(PLUGIN_NAME)) {
 			return;
 		}
 
@@ -275,8 +272,12 @@ export class CniInstaller {
 
 	#turn(): void {
 		const {binDir, confDir, log} = this.#options;
-		this.#listen(confDir);
-		this.#listen(binDir);
+		// The one for plugins is made by the first turn.
+		if (this.#watchers.length < 2) {
+			this.#deafen();
+			this.#watchers = [confDir, binDir].flatMap(directory => this.#listen(directory));
+		}
+
 		const before = this.state;
 		try {
 			this.install();
@@ -291,34 +292,26 @@ export class CniInstaller {
 		}
 	}
 
-	/** Events only make it quick: a directory that is not there yet, or was replaced, is found by the check. */
-	#listen(directory: string): void {
-		if (this.#watchers.has(directory)) {
-			return;
-		}
-
-		const forget = () => {
-			this.#watchers.get(directory)?.close();
-			this.#watchers.delete(directory);
-		};
-
+	/** Makes it quick, no more: what is not heard is found by the check. */
+	#listen(directory: string): FSWatcher[] {
 		try {
-			const watcher = watch(directory, (_event, name) => {
-				if (name === path.basename(directory)) {
-					forget();
-				}
-
+			const watcher = watch(directory, () => {
 				// Whoever writes may not be done yet.
 				clearTimeout(this.#settle);
 				this.#settle = setTimeout(() => {
 					this.#turn();
 				}, SETTLE_MS).unref();
 			});
-			watcher.once('error', forget);
-			watcher.unref();
-			this.#watchers.set(directory, watcher);
+			watcher.on('error', () => undefined);
+			return [watcher.unref()];
 		} catch {
-			// Not there yet.
+			return [];
+		}
+	}
+
+	#deafen(): void {
+		for (const watcher of this.#watchers.splice(0)) {
+			watcher.close();
 		}
 	}
 }

@@ -54,11 +54,11 @@ export interface ReflectorCounters {
 	readonly errors: Record<FailureKind, number>;
 }
 
-/** More than one version's objects, and no server needs so many pages. */
-const MAX_PAGES = 10_000;
+/** A list that is longer does not end. */
+const MAX_PAGES = 1000;
 /** Deleted objects whose version is remembered, so that a late event does not bring them back. */
 const MAX_DELETED = 1024;
-/** After so many watches in a row that the server answered wrongly, what it has at this version may be what is wrong: list. */
+/** After so many answers in a row that were no good, the version may be what is wrong (an event that cannot be read, a cluster restored from a backup): list. */
 const BAD_WATCHES = 5;
 
 export class Reflector<T extends KubernetesObject> {
@@ -227,7 +227,6 @@ export class Reflector<T extends KubernetesObject> {
 
 	#take({type, object}: WatchEvent, what: string, signal: AbortSignal): void {
 		if (type === 'ERROR') {
-			this.#badWatches++;
 			throw statusError(what, object);
 		}
 
@@ -348,11 +347,8 @@ export class Reflector<T extends KubernetesObject> {
 		client.pace.failed(this.#source);
 		const kind = error instanceof KubernetesError ? error.kind : 'protocol';
 		this.counters.errors[kind]++;
-		if (kind === 'protocol') {
-			this.#badWatches++;
-		}
-
-		if (kind === 'gone' || this.#badWatches >= BAD_WATCHES) {
+		const isAnswer = kind === 'protocol' || kind === 'refused' || kind === 'server';
+		if (kind === 'gone' || (isAnswer && ++this.#badWatches >= BAD_WATCHES)) {
 			this.#badWatches = 0;
 			this.#version = undefined;
 		}

@@ -85,6 +85,7 @@ interface Pair {
 class Stage {
 	readonly #schema: Schema;
 	readonly #maps: Maps;
+	readonly #rawMaps: ReadonlyMap<MapName, BpfMap>;
 	readonly #programs: ReadonlyMap<ProgramName, BpfProgram>;
 	readonly #netns: NetNs;
 	readonly #cookie: bigint;
@@ -102,8 +103,9 @@ class Stage {
 					map.close();
 				}
 			});
+			this.#rawMaps = raw;
 			this.#maps = schema.maps(name => raw.get(name)!);
-			const names = ['handshake', 'pair', 'move_bytes', 'one_queue'] as const;
+			const names = ['handshake', 'pair', 'join', 'move_bytes', 'one_queue'] as const;
 			this.#programs = new Map(names.map(name => [name, object.program(name)]));
 			this.#cleanup.push(() => {
 				for (const program of this.#programs.values()) {
@@ -193,7 +195,7 @@ class Stage {
 
 	#join(clientPort: number, serverPort: number): void {
 		const request = {netns: this.#cookie, peerNetns: this.#cookie, local: '127.0.0.1', remote: '127.0.0.1', localPort: clientPort, remotePort: serverPort};
-		const outcome = joinPair({programs: this.#programs, schema: this.#schema}, request, () => native.netnsOfSocket(this.#probeSocket()));
+		const outcome = joinPair({programs: this.#programs, schema: this.#schema, rawMaps: this.#rawMaps}, request, () => native.netnsOfSocket(this.#probeSocket()));
 		if (outcome !== 'REASON_ACCELERATED') {
 			throw new Error(`two sockets could not be paired: ${outcome}`);
 		}

@@ -14,6 +14,11 @@ export class PinLayout {
 		this.stage = path.join(this.base, 'stage');
 	}
 
+	/** The same place's pins of another layout. */
+	of(version: number): PinLayout {
+		return new PinLayout(this.bpffs, version);
+	}
+
 	map(name: string, root = this.current): string {
 		return path.join(root, 'maps', name);
 	}

@@ -25,6 +25,10 @@ const SOL_IP = 0;
 const SOL_IPV6 = 41;
 const SO_ORIGINAL_DST = 80;
 const IPV6_V6ONLY = 26;
+/** enum bpf_prog_type. */
+const SOCKMAP_PROGRAM_TYPES: ReadonlyMap<number, string> = new Map([[13, 'sock_ops'], [14, 'sk_skb'], [16, 'sk_msg']]);
+/** enum bpf_map_type: sockmap, sockhash. */
+const SOCKMAP_TYPES = [15, 18];
 
 /** Everything `sidestep check` shows, in the order in which a failure explains the later ones. */
 export function checkHost(options: {readonly bpffs: string; readonly cgroup?: string | undefined}): readonly Finding[] {
@@ -80,6 +84,11 @@ export function checkHost(options: {readonly bpffs: string; readonly cgroup?: st
 		const others = foreignPrograms(resolveCgroup(options.cgroup));
 		return {state: 'ok', detail: others.length === 0 ? 'none on these hooks of this cgroup' : `on the same hooks, run beside ours: ${others.join(', ')}`};
 	});
+	probe('other sockmaps', () => {
+		const others = foreignSockmapPrograms();
+		return others.length === 0 ? {state: 'ok', detail: 'none on this host'}
+			: {state: 'degraded', detail: `what these hold cannot be accelerated (counted unaccelerated_busy): ${others.join(', ')}`};
+	});
 	return findings;
 }
 
@@ -104,6 +113,34 @@ function foreignPrograms(cgroup: string): readonly string[] {
 		return {id, name};
 	});
 	return names.filter(({name}) => !ours.has(name)).map(({id, name}) => `${name || 'unnamed'} (program ${id})`);
+}
+
+/** Programs of others, anywhere on the host, that hang on a sockmap or put sockets into one; a socket can be in the maps of one user only. */
+function foreignSockmapPrograms(): readonly string[] {
+	const ours = new Set<string>(PROGRAMS);
+	return native.ids('program').flatMap(id => {
+		try {
+			const program = native.openProgramById(id);
+			const {name, type, mapIds} = program.info();
+			program.close();
+			const kind = SOCKMAP_PROGRAM_TYPES.get(type);
+			return kind === undefined || ours.has(name) || (kind === 'sock_ops' && !mapIds.some(isSockmap)) ? [] : `${name || 'unnamed'} (${kind}, program ${id})`;
+		} catch (error) {
+			// It was unloaded meanwhile.
+			if (hasErrno(error, 'ENOENT')) {
+				return [];
+			}
+
+			throw error;
+		}
+	});
+}
+
+function isSockmap(id: number): boolean {
+	const map = native.openMapById(id);
+	const {type} = map.info();
+	map.close();
+	return SOCKMAP_TYPES.includes(type);
 }
 
 /**

@@ -182,6 +182,17 @@ export class Btf {
 	}
 }
 
+/** By the typedef's name: __be16, __be32. */
+export function isBigEndian(btf: Btf, id: number): boolean {
+	for (let type = btf.unqualified(id); type.kind === 'typedef'; type = btf.unqualified(type.target)) {
+		if (type.name.startsWith('__be')) {
+			return true;
+		}
+	}
+
+	return false;
+}
+
 function readType(view: DataView, at: number, kind: string, vlen: number, flag: boolean, text: (offset: number) => string): BtfType {
 	const name = text(view.getUint32(at, true));
 	const sizeOrType = view.getUint32(at + 8, true);

@@ -12,7 +12,7 @@ Turns the bytes of map keys and values into JavaScript values and back, by the o
 | arrays | arrays |
 | structs | objects; `snake_case` becomes `camelCase`; members named `pad…` are zero and not shown |
 */
-import type {Btf, BtfType} from './btf.js';
+import {isBigEndian, type Btf, type BtfType} from './btf.js';
 import {addressFromBytes, addressToBytes} from './address.js';
 
 export interface Codec<T = unknown> {
@@ -51,7 +51,7 @@ export function createCodec<T>(btf: Btf, type: number): Codec<T> {
 const camelCase = (name: string) => name.replaceAll(/_(\w)/g, (_, letter: string) => letter.toUpperCase());
 
 function fieldOf(btf: Btf, id: number): Field {
-	const bigEndian = hasTypedef(btf, id, name => name.startsWith('__be'));
+	const bigEndian = isBigEndian(btf, id);
 	const type = btf.resolved(id);
 	switch (type.kind) {
 		case 'int': {
@@ -75,16 +75,6 @@ function fieldOf(btf: Btf, id: number): Field {
 			throw new TypeError(`a ${type.kind} cannot be in a map`);
 		}
 	}
-}
-
-function hasTypedef(btf: Btf, id: number, test: (name: string) => boolean): boolean {
-	for (let type = btf.unqualified(id); type.kind === 'typedef'; type = btf.unqualified(type.target)) {
-		if (test(type.name)) {
-			return true;
-		}
-	}
-
-	return false;
 }
 
 function integerField(type: BtfType & {kind: 'int'}, littleEndian: boolean): Field {

@@ -126,6 +126,11 @@ export interface Pairing {
 	readonly outcome: string;
 }
 
+export interface Joined {
+	/** enum reason. */
+	readonly outcome: string;
+}
+
 export interface Volume {
 	readonly bytes: bigint;
 	readonly messages: bigint;
@@ -280,12 +285,15 @@ export const ROLE_PROXY = 2;
 /** Every map that is pinned. */
 export const MAP_NAMES = [
 	'pods', 'pod_info', 'counters', 'prefixes', 'ports', 'exemptions', 'addresses', 'passes', 'listeners', 'listener_slots', 'client_ports', 'handshakes', 'original_dsts',
-	'accelerated', 'acceleration_of', 'traffic', 'requests', 'node', 'build',
+	'accelerated', 'msg_programs', 'acceleration_of', 'joining', 'traffic', 'requests', 'node', 'build',
 ] as const;
 export type MapName = typeof MAP_NAMES[number];
 
-/** Socket storage and ring buffers have no entries that user space could walk. */
-export const UNWALKABLE: readonly MapName[] = ['original_dsts', 'listener_slots', 'acceleration_of', 'requests'];
+/** Socket storage, ring buffers and slots for programs have no entries that user space could walk. */
+export const UNWALKABLE: readonly MapName[] = ['original_dsts', 'listener_slots', 'acceleration_of', 'joining', 'requests', 'msg_programs'];
+
+/** Counts and nothing else, per CPU. */
+export const TALLIES: readonly MapName[] = ['counters', 'traffic'];
 
 export interface Maps {
 	readonly pods: TypedMap<NetnsCookie, PodValue>;

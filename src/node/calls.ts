@@ -2,7 +2,7 @@
 Answers the CNI plugin: a pod may start once it is captured as it should be.
 */
 import {CniRetry, type CniCall, type CniHandler} from '../cni/server.js';
-import {InputError, PodError} from '../errors.js';
+import {PodError} from '../errors.js';
 import {KubernetesError} from '../kubernetes/errors.js';
 import type {NetnsFile} from '../pods/facts.js';
 import type {Round} from '../pods/reconcile.js';
@@ -24,6 +24,10 @@ export function cniHandler({pods, zds, look, namespaceOf}: CallsOptions): CniHan
 	return {
 		async add(call, signal) {
 			const name = nameOf(call);
+			if (name === undefined) {
+				return;
+			}
+
 			if (!pods.isSynced) {
 				throw new CniRetry('the agent is starting, and has not heard of all pods yet');
 			}
@@ -69,22 +73,22 @@ export function cniHandler({pods, zds, look, namespaceOf}: CallsOptions): CniHan
 
 		async check(call) {
 			const name = nameOf(call);
-			const spec = pods.specs.get(name);
-			if (spec && 'capture' in spec.wish && !namespaceOf(name)) {
+			const spec = name === undefined ? undefined : pods.specs.get(name);
+			if (name !== undefined && spec && 'capture' in spec.wish && !namespaceOf(name)) {
 				throw new PodError(name, 'it is not captured as it should be: `sidestep pods` and the agent\'s log tell more');
 			}
 		},
 
 		async del(call) {
-			pods.forget(nameOf(call), call.podUid);
+			const name = nameOf(call);
+			if (name !== undefined) {
+				pods.forget(name, call.podUid);
+			}
 		},
 	};
 }
 
-function nameOf({podName, podNamespace}: CniCall): string {
-	if (podName === '' || podNamespace === '') {
-		throw new InputError('CNI_ARGS', 'K8S_POD_NAME and K8S_POD_NAMESPACE are needed to know which pod this is: the runtime does not set them');
-	}
-
-	return `${podNamespace}/${podName}`;
+/** @returns undefined for a container that Kubernetes did not ask for: its runtimes always tell both. */
+function nameOf({podName, podNamespace}: CniCall): string | undefined {
+	return podName === '' || podNamespace === '' ? undefined : `${podNamespace}/${podName}`;
 }

@@ -65,7 +65,7 @@ export function kubernetesOptions(node: string, options: NodeCliOptions): Kubern
 			ambientDns: options.ambientDns, sidecarDns: options.sidecarDns, sidecarUid: options.sidecarUid, sidecarGid: options.sidecarGid, systemNamespace: options.systemNamespace,
 		},
 		zdsSocket: options.zdsSocket,
-		cni: options.cni ? {binary: BUILT_PLUGIN, binDir: path.resolve(options.cniBin), confDir: path.resolve(options.cniConf), socketPath: options.cniSocket, timeoutSeconds: options.cniTimeout} : undefined,
+		cni: options.cni ? {binary: BUILT_PLUGIN, binDir: path.resolve(options.cniBin), confDir: path.resolve(options.cniConf), socketPath: options.cniSocket, timeoutSeconds: options.cniTimeout, excludeNamespaces: options.excludeNamespaces} : undefined,
 	};
 }
 

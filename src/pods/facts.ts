@@ -107,20 +107,22 @@ export interface NetnsScan {
 	/** Names of it, /run/netns first. */
 	files(identity: NetnsIdentity): readonly string[];
 	open(identity: NetnsIdentity): NetNs | undefined;
-	/** Some could not be looked at: that one is not found says nothing. */
-	readonly isPartial: boolean;
+	/** Most could not be looked at, for lack of CAP_SYS_PTRACE: that one is not found says nothing. */
+	readonly isBlind: boolean;
 }
 
 export function scanNetns(proc: string): NetnsScan {
 	const names = (directory: string) => existsSync(directory) ? readdirSync(directory) : [];
 	const found = new Map<string, string[]>();
-	let isPartial = false;
+	let seen = 0;
+	let refused = 0;
 	for (const file of [
 		...names(NETNS_DIRECTORY).map(name => path.join(NETNS_DIRECTORY, name)),
 		...names(proc).filter(name => /^\d+$/.test(name)).map(pid => path.join(proc, pid, 'ns/net')),
 	]) {
 		try {
 			const {dev, ino} = statSync(file, {bigint: true});
+			seen++;
 			const id = `${dev} ${ino}`;
 			const others = found.get(id);
 			if (others) {
@@ -129,14 +131,14 @@ export function scanNetns(proc: string): NetnsScan {
 				found.set(id, [file]);
 			}
 		} catch (error) {
-			isPartial ||= hasErrno(error, 'EACCES', 'EPERM');
+			refused += hasErrno(error, 'EACCES', 'EPERM') ? 1 : 0;
 		}
 	}
 
 	const files = ({device, inode}: NetnsIdentity) => found.get(`${device} ${inode}`) ?? [];
 	return {
 		files,
-		isPartial,
+		isBlind: refused > seen,
 		open(identity) {
 			for (const file of files(identity)) {
 				const netns = reopenNetns({path: file, ...identity});

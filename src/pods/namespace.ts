@@ -16,11 +16,23 @@ const TABLE = 100;
 const PRIORITY = 32_764;
 const RTN_LOCAL = 2;
 
+type Readable = Pick<NetNs, 'rules' | 'routes' | 'addresses' | 'sysctl'>;
+
+/** Reads each thing once. */
+function readOnce(netns: NetNs): Readable {
+	const once = <T>(read: () => T): (() => T) => {
+		let value: T | undefined;
+		return () => value ??= read();
+	};
+
+	return {rules: once(() => netns.rules()), routes: once(() => netns.routes()), addresses: once(() => netns.addresses()), sysctl: (proc, name) => netns.sysctl(proc, name)};
+}
+
 interface Change {
 	readonly bit: number;
 	/** For people. */
 	readonly name: string;
-	isMade(netns: NetNs, proc: string): boolean;
+	isMade(netns: Readable, proc: string): boolean;
 	make(netns: NetNs, proc: string): void;
 	undo(netns: NetNs, proc: string): void;
 }
@@ -96,7 +108,8 @@ Makes what is missing, and undoes what a former policy needed.
 */
 export function prepareNamespace({podInfo}: Pick<Maps, 'podInfo'>, policy: PodPolicy, netns: NetNs, proc: string): boolean {
 	const wanted = changesFor(policy);
-	const missing = wanted.filter(change => !change.isMade(netns, proc));
+	const now = readOnce(netns);
+	const missing = wanted.filter(change => !change.isMade(now, proc));
 	const info = podInfo.get(policy.cookie)!;
 	const stale = [...ALL.values()].filter(({bit}) => info.namespaceChanges & bit && !wanted.some(change => change.bit === bit));
 	if (missing.length + stale.length === 0) {

@@ -11,7 +11,7 @@ import {POD_INBOUND, POD_KEEP_SOURCE, type NetnsCookie, type PodInfo} from '../m
 import {applyChange, readKernel} from '../redirect/apply.js';
 import {addressId, plan, type Change, type KernelIndex} from '../redirect/plan.js';
 import {compilePolicy, type PodPolicy} from '../redirect/policy.js';
-import {openPod, scanNetns, type NetnsFile, type NetnsIdentity, type NetnsScan, type OpenedPod} from './facts.js';
+import {openPod, reopenNetns, scanNetns, type NetnsFile, type NetnsIdentity, type NetnsScan, type OpenedPod} from './facts.js';
 import {KEEPS_SOURCES, prepareNamespace, restoreNamespace} from './namespace.js';
 import {readSockets, resetAccelerated, resetKeptSources, resetMissed} from './sockets.js';
 import type {NetNs} from '../native.js';
@@ -76,11 +76,12 @@ export class Reconciler {
 		}
 
 		const opened = new Map<string, OpenedPod>();
+		const files = new Map([...this.#known.values()].map(({policy, file}) => [policy.cookie, file]));
 		try {
 			this.#look(specs, due, opened);
 			const rivals = this.#rivalsOf(due);
 			this.#look(specs, rivals, opened);
-			return new Turn(this.datapath, this.options, this.#kernel!, this.#known, this.#failures, specs, new Set([...due, ...rivals])).run(opened, isFresh);
+			return new Turn(this.datapath, this.options, this.#kernel!, this.#known, this.#failures, specs, new Set([...due, ...rivals]), files).run(opened, isFresh);
 		} catch (error) {
 			this.#kernel = undefined;
 			throw error;
@@ -160,6 +161,8 @@ class Turn {
 		readonly failures: Map<string, Error>,
 		readonly specs: ReadonlyMap<string, PodSpec>,
 		readonly due: ReadonlySet<string>,
+		/** Where namespaces were when they were last looked at. */
+		readonly files: ReadonlyMap<NetnsCookie, NetnsFile>,
 	) {}
 
 	run(opened: ReadonlyMap<string, OpenedPod>, isFresh: boolean): Round {
@@ -181,7 +184,7 @@ class Turn {
 		const before = new Map(touched.map(([, {cookie}]) => [cookie, kernel.pods.get(cookie)]));
 		for (const change of plan(kernel, touched.map(([, policy]) => policy), new Set([...keep, ...own.keys()]))) {
 			if (change.kind === 'remove') {
-				this.#restore(change.pod, kernel.infos.get(change.cookie));
+				this.#restore(change, kernel.infos.get(change.cookie));
 			}
 
 			this.#apply(change);
@@ -224,7 +227,7 @@ class Turn {
 
 		const netns = this.#find({device: netnsDevice, inode: netnsInode});
 		netns?.close();
-		return netns !== undefined || this.#scan!.isPartial;
+		return netns !== undefined || this.#scan!.isBlind;
 	}
 
 	#find(identity: NetnsIdentity): NetNs | undefined {
@@ -330,13 +333,14 @@ class Turn {
 		}
 	}
 
-	#restore(name: string, info: PodInfo | undefined): void {
+	#restore({pod: name, cookie}: Change, info: PodInfo | undefined): void {
 		if (!info || info.namespaceChanges === 0) {
 			return;
 		}
 
 		try {
-			leaveNamespace(this.datapath, info, this.options.proc, identity => this.#find(identity));
+			const file = this.files.get(cookie);
+			leaveNamespace(this.datapath, info, this.options.proc, identity => (file && reopenNetns(file)) ?? this.#find(identity));
 		} catch (error) {
 			this.failures.set(name, new PodError(name, `it is not captured any more, but settings in its namespace could not be taken back (${reasonOf(error)})`, {cause: error}));
 		}

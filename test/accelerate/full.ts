@@ -5,10 +5,9 @@ switched and agents are killed. Ends with 1 if any byte was wrong or any stream 
 import {parseArgs} from 'node:util';
 import {World} from '../helpers/world.js';
 import {allLocal, disturb, oneHop, type Arrangement} from './arrangements.js';
-import {runH13, startStreams, streamsResult, type StreamsResult} from './streams.js';
+import {runH13, runHalfRead, runStreams, startStreams, streamsResult, type StreamsResult} from './streams.js';
 
-const USAGE = 'full [--streams N] [--bytes N[K|M|G]] [--max-bytes N[K|M|G]] [--seed N] [--lanes N]';
-const H13_ROUNDS = 50;
+const USAGE = 'full [--streams N] [--bytes N[K|M|G]] [--max-bytes N[K|M|G]] [--seed N] [--lanes N] [--hung SECONDS] [--recipe-rounds N] [--duplex N[K|M|G]]';
 
 interface Options {
 	readonly streams: number;
@@ -16,6 +15,12 @@ interface Options {
 	readonly maxBytes: string;
 	readonly seed: number;
 	readonly lanes: string;
+	/** Seconds without progress. */
+	readonly hung: string;
+	/** Of both recipes of KERNEL.md H13. */
+	readonly recipeRounds: string;
+	/** Bytes each way between a client that blocks, with two threads, and a server, on four connections. */
+	readonly duplex: string;
 }
 
 /** @returns undefined for misuse. */
@@ -27,11 +32,15 @@ function parseOptions(): Options | undefined {
 			'max-bytes': {type: 'string', default: '64M'},
 			seed: {type: 'string', default: String(Math.floor(Date.now() / 1000))},
 			lanes: {type: 'string', default: '128'},
+			hung: {type: 'string', default: '10'},
+			'recipe-rounds': {type: 'string', default: '50'},
+			duplex: {type: 'string', default: '1280M'},
 		}});
 		const [streams, seed] = [Number(values.streams), Number(values.seed)];
 		const [, digits, unit] = /^(\d+)([KMG]?)$/.exec(values.bytes) ?? [];
 		const bytes = Number(digits) * 1024 ** ' KMG'.indexOf(unit || ' ');
-		return Number.isInteger(streams) && streams >= 10 && Number.isInteger(seed) && Number.isInteger(bytes) ? {streams, bytes, seed, maxBytes: values['max-bytes'], lanes: values.lanes} : undefined;
+		return Number.isInteger(streams) && streams >= 10 && Number.isInteger(seed) && Number.isInteger(bytes) 
+			? {streams, bytes, seed, maxBytes: values['max-bytes'], lanes: values.lanes, hung: values.hung, recipeRounds: values['recipe-rounds'], duplex: values.duplex} : undefined;
 	} catch {
 		return undefined;
 	}
@@ -59,17 +68,30 @@ const PARTS: readonly Part[] = [
 ];
 
 /** @returns whether everything was whole, and accelerated. */
-async function runPart({title, arrange, share, disturbed}: Part, index: number, {streams, bytes, maxBytes, seed, lanes}: Options): Promise<StreamsResult & {readonly good: boolean}> {
+async function runPart({title, arrange, share, disturbed}: Part, index: number, {streams, bytes, maxBytes, seed, lanes, hung, recipeRounds, duplex}: Options): Promise<StreamsResult & {readonly good: boolean}> {
 	const arrangement = await arrange(World.create({teardown: act => ended.push(act)}));
 	const {client, server, to, redirectedBytes} = arrangement;
-	const running = startStreams(client, server, to, ['--seed', String(seed + index), '--streams', String(Math.ceil(streams * share)), '--bytes', String(Math.ceil(bytes * share)), '--max-bytes', maxBytes, '--lanes', lanes]);
+	const running = startStreams(client, server, to, ['--seed', String(seed + index), '--streams', String(Math.ceil(streams * share)), '--bytes', String(Math.ceil(bytes * share)), '--max-bytes', maxBytes, '--lanes', lanes, '--hung', hung]);
 	const disturbance = disturbed ? await disturb(arrangement, running.ended, 500) : {};
 	const {result, text} = await streamsResult(running);
 	process.stdout.write(text);
-	const h13 = disturbed ? {} : await runH13(client, server, to[0]!, ['--rounds', String(H13_ROUNDS)]);
+	const recipes: object[] = [];
+	let whole = result.wrong + result.hung === 0;
+	if (!disturbed) {
+		for (const recipe of [runH13, runHalfRead]) {
+			const {stuck, ...other} = await recipe(client, server, to[0]!, ['--rounds', recipeRounds, '--hung', hung]);
+			recipes.push({recipe: recipe.name, stuck, ...other});
+			whole &&= stuck === 0;
+		}
+
+		const {failures, result: {bytes, seconds}} = await runStreams(client, server, to, ['--duplex', duplex, '--streams', '4', '--lanes', '4', '--hung', hung]);
+		recipes.push({recipe: 'runDuplex', failures, bytes, seconds});
+		whole &&= failures.length === 0;
+	}
+
 	const redirected = redirectedBytes();
-	const good = result.wrong + result.hung === 0 && redirected > 0 && (!('stuck' in h13) || h13.stuck === 0);
-	console.log(JSON.stringify({part: title, good, redirectedBytes: redirected, ...disturbance, ...h13}));
+	const good = whole && redirected > 0;
+	console.log(JSON.stringify({part: title, good, redirectedBytes: redirected, ...disturbance, recipes}));
 	await clean();
 	return {...result, good};
 }

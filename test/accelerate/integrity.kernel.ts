@@ -3,9 +3,10 @@ import test, {type ExecutionContext} from 'ava';
 import {World, type Pod} from '../helpers/world.js';
 import {allLocal, disturb, oneHop} from './arrangements.js';
 import {attachNaive, type Naive} from './naive.js';
-import {allowFastOpen, runH13, runStopped, runStreams, startStreams, streamsResult, type StoppedRound, type StreamsRun} from './streams.js';
+import {allowFastOpen, runH13, runHalfRead, runStopped, runStreams, startStreams, streamsResult, type StoppedRound, type StreamsRun} from './streams.js';
 
 const LOCAL = ['127.0.0.1', '::1'];
+const DUPLEX = ['--duplex', '64M', '--streams', '4', '--lanes', '4'];
 
 const ARRANGEMENTS = [
 	{title: 'one hop', arrange: oneHop},
@@ -39,7 +40,11 @@ test.serial('plain TCP passes: what the suite finds elsewhere is not its own', a
 	const run = await runStreams(pod, pod, LOCAL, ['--streams', '1000']);
 	assertWhole(t, run, 1000);
 	t.is(run.result.fionread.wrong, 0);
-	t.is((await runH13(pod, pod, '127.0.0.1', ['--rounds', '4', '--hung', '2'])).stuck, 0);
+	for (const recipe of [runH13, runHalfRead]) {
+		t.deepEqual(await recipe(pod, pod, '127.0.0.1', ['--rounds', '4', '--hung', '2']), {rounds: 4, stuck: 0});
+	}
+
+	t.deepEqual((await runStreams(pod, pod, LOCAL, DUPLEX)).failures, []);
 	t.true((await runStopped(pod, pod, '127.0.0.1', ['--rounds', '2'])).every(({all}) => all));
 });
 
@@ -64,6 +69,22 @@ test.serial('an edge-triggered reader that takes a short read for drained hangs 
 	t.deepEqual(await runH13(pod, pod, '127.0.0.1', ['--rounds', '2', '--hung', '2']), {rounds: 2, stuck: 2});
 });
 
+for (const name of ['naive_known_peer', 'naive_two_queues'] as const) {
+	test.serial(`half a message unread is overtaken under ${name}`, async t => {
+		const pod = onePod(t);
+		attachNaive(pod.world, name);
+		t.is((await runHalfRead(pod, pod, '127.0.0.1', ['--rounds', '2', '--hung', '2'])).failure, 'reordered');
+	});
+
+	test.serial(`a client that blocks, and reads and writes in two threads, goes wrong under ${name}`, async t => {
+		const pod = onePod(t);
+		attachNaive(pod.world, name);
+		const {failures, text} = await runStreams(pod, pod, LOCAL, ['--duplex', '2G', '--streams', '4', '--lanes', '4', '--hung', '5']);
+		t.true(failures.length > 0, text);
+		t.log(failures.map(({failure}) => failure).join(', '));
+	});
+}
+
 test.serial('a stopped reader takes without bound where nothing looks at its buffer', async t => {
 	const pod = onePod(t);
 	const plain = await runStopped(pod, pod, '127.0.0.1', ['--rounds', '1']);
@@ -78,9 +99,20 @@ for (const {title, arrange} of ARRANGEMENTS) {
 		assertWhole(t, await runStreams(client, server, to, ['--streams', '1000', '--lanes', '128']), 1000);
 		const streamed = redirectedBytes();
 		t.true(streamed > 1 << 20, `${streamed} bytes were redirected`);
-		t.is((await runH13(client, server, to[0]!, ['--hung', '5'])).stuck, 0);
-		t.true(redirectedBytes() > streamed, 'the recipe of H13 was accelerated too');
 		t.log(`${streamed} bytes redirected`);
+	});
+
+	for (const [recipe, reader] of [[runH13, 'an edge-triggered reader that takes a short read for drained'], [runHalfRead, '… and has half a message unread when its socket is enrolled']] as const) {
+		test.serial(`${reader}: ${title}`, async t => {
+			const {client, server, to, redirectedBytes} = await arrange(World.create(t));
+			t.deepEqual(await recipe(client, server, to[0]!, ['--hung', '10']), {rounds: 10, stuck: 0});
+			t.true(redirectedBytes() > 0);
+		});
+	}
+
+	test.serial(`a client that blocks, and reads and writes in two threads, sees no EAGAIN: ${title}`, async t => {
+		const {client, server, to} = await arrange(World.create(t));
+		t.deepEqual((await runStreams(client, server, to, DUPLEX)).failures, []);
 	});
 
 	test.serial(`a stopped reader holds no more than 2 × plain TCP, and gets all of it in the end: ${title}`, async t => {

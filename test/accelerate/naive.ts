@@ -24,8 +24,11 @@ function attachToMap(program: BpfProgram, map: BpfMap): () => void {
 	};
 }
 
-/** @returns how many messages it has redirected so far. Gone with the world. */
-export function attachNaive(world: World, name: Naive): () => bigint {
+/**
+@param cgroup - whose sockets it takes.
+@returns how many messages it has redirected so far. Gone with the world.
+*/
+export function attachNaive(world: World, name: Naive, cgroup = world.cgroup): () => bigint {
 	const object = native.openObject(fileURLToPath(new URL(`../../../build/test/${name}.bpf.o`, import.meta.url)));
 	world.onEnd(() => {
 		object.close();
@@ -39,7 +42,7 @@ export function attachNaive(world: World, name: Naive): () => bigint {
 		}
 	});
 	world.onEnd(attachToMap(redirect, sockets));
-	const link = enrol.attachCgroup(world.cgroup);
+	const link = enrol.attachCgroup(cgroup);
 	world.onEnd(() => {
 		link.close();
 	});

@@ -4,7 +4,8 @@ import test from 'ava';
 import {PROXY_MARK, PROXY_PORT, podEntry} from '../helpers/capture.js';
 import {SIDECAR_ID} from '../helpers/istio-rules.js';
 import {eventually, type Running} from '../helpers/process.js';
-import {World, type ManyResult, type Pod} from '../helpers/world.js';
+import {World, type As, type ManyResult, type Pod} from '../helpers/world.js';
+import {attachNaive} from './naive.js';
 
 const CHATTER = fileURLToPath(new URL('../helpers/chatter-child.js', import.meta.url));
 
@@ -34,8 +35,8 @@ interface Chat {
 class Chatter {
 	private constructor(readonly running: Running) {}
 
-	static async start(pod: Pod, host: string, rounds: number, bytes: number, port = 8080): Promise<Chatter> {
-		const chatter = new Chatter(pod.start([process.execPath, CHATTER, host, String(port), String(rounds), String(bytes)]));
+	static async start(pod: Pod, host: string, rounds: number, bytes: number, as?: As): Promise<Chatter> {
+		const chatter = new Chatter(pod.start([process.execPath, CHATTER, host, '8080', String(rounds), String(bytes)], as));
 		await chatter.#told(1);
 		return chatter;
 	}
@@ -149,6 +150,24 @@ test.serial('what exchanges little, goes elsewhere, or would see EAGAIN stays on
 	t.is(reasons['unaccelerated_blocking'], 1);
 	t.is(reasons['accelerated'], 0);
 	t.deepEqual(redirected(rowOf(world)), [0, 0]);
+});
+
+test.serial('a socket in another\'s sockmap stays on TCP, and check names whose it is', async t => {
+	const world = World.create(t);
+	const {far, pod} = await oneHop(world, ['--acceleration', 'on']);
+	// It has only one end of the pair, and so redirects nothing.
+	const cgroup = world.subCgroup('other');
+	attachNaive(world, 'naive_known_peer', cgroup);
+	const chatter = await Chatter.start(pod, far.ipv4, 100, 64, {cgroup});
+	await eventually('it is counted', () => rowOf(world).reasons['unaccelerated_busy']! > 0);
+	t.is(rowOf(world).reasons['accelerated'], 0);
+	t.deepEqual(await chatter.chat(100, 64), FINE(100));
+	const {state, detail} = world.json<Array<{name: string; state: string; detail: string}>>('check').find(({name}) => name === 'other sockmaps')!;
+	t.is(state, 'degraded');
+	t.regex(detail, /enrol \(sock_ops, program \d+\)/);
+	t.regex(detail, /redirect \(sk_msg, program \d+\)/);
+	t.notRegex(detail, /move_bytes|one_queue|handshake/);
+	await chatter.close();
 });
 
 test.serial('off is one write, for running connections too, and survives the agent; on again, they come back', async t => {

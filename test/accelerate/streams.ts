@@ -35,9 +35,11 @@ export interface StreamsRun {
 	readonly text: string;
 }
 
+/** A recipe ends at the first wrong byte: then there is only the failure. */
 export interface H13Result {
-	readonly rounds: number;
-	readonly stuck: number;
+	readonly rounds?: number;
+	readonly stuck?: number;
+	readonly failure?: 'reordered' | 'corrupt';
 }
 
 /** What the kernel took from a sender whose reader had stopped, in bytes. */
@@ -98,6 +100,11 @@ async function recipe<T>(mode: string, client: Pod, server: Pod, to: string, opt
 /** KERNEL.md H13 by name. */
 export async function runH13(client: Pod, server: Pod, to: string, options: readonly string[] = []): Promise<H13Result> {
 	return (await recipe<H13Result>('h13', client, server, to, options)).at(-1)!;
+}
+
+/** The same with a partly read segment at the head, from before the server accepted on. */
+export async function runHalfRead(client: Pod, server: Pod, to: string, options: readonly string[] = []): Promise<H13Result> {
+	return (await recipe<H13Result>('halfread', client, server, to, options)).at(-1)!;
 }
 
 /** KERNEL.md H2. */

@@ -234,7 +234,7 @@ test('pins of another layout version are refused, by every command', async t => 
 	mkdirSync(`${world.bpffs}/sidestep/v999`, {recursive: true});
 	const {code, stderr} = await fails(world.startAgent());
 	t.is(code, 1);
-	t.regex(stderr, /holds layout v999, and this build knows v2 only/);
+	t.regex(stderr, /holds layout v999, and this is layout v2 of sidestep .*: there is no way back/);
 	for (const command of [['status'], ['pods'], ['unload'], ['map', 'list']]) {
 		const result = world.sidestep(...command);
 		t.is(result.code, 1);

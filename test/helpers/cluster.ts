@@ -2,9 +2,10 @@
 A world whose agent follows a cluster: the fake API server, pods in namespaces with processes in cgroups as a kubelet makes them.
 */
 import {randomUUID} from 'node:crypto';
-import {mkdirSync, rmdirSync} from 'node:fs';
+import {mkdirSync, rmdirSync, writeFileSync} from 'node:fs';
 import path from 'node:path';
 import {hasErrno} from '../../src/errors.js';
+import {netconf, plugin, type PluginResult} from '../cni/plugin.js';
 import {FakeApiServer, makeNamespace, makePod, type ApiObject, type FakeApiServerOptions} from '../kubernetes/fake-server.js';
 import {Agent, CLI, World, type Pod} from './world.js';
 import {Running, eventually} from './process.js';
@@ -44,6 +45,7 @@ export class Cluster {
 			mkdirSync(path.join(world.directory, directory));
 		}
 
+		writeFileSync(path.join(world.directory, 'cni-conf/10-net.conflist'), JSON.stringify({cniVersion: '1.0.0', name: 'net', plugins: [{type: 'bridge'}]}));
 		return new Cluster(world, api);
 	}
 
@@ -141,6 +143,20 @@ export class Cluster {
 	static async #started(running: Running): Promise<Running> {
 		await running.until('it runs', () => running.stdout.includes('started'));
 		return running;
+	}
+
+	/** The stand-in for ztunnel, in the node's namespace; it may not be connected yet. */
+	ztunnel(options: readonly string[] = []): Running {
+		return this.world.node.start([this.world.program('ztunnel'), '--zds', this.zdsSocket, '--retry', '200', ...options]);
+	}
+
+	/** The CNI plugin, as a runtime calls it for a pod whose namespace is made. */
+	async cni(command: 'ADD' | 'CHECK' | 'DEL', {key, uid, pod}: Pick<ClusterPod, 'key' | 'uid' | 'pod'>, timeoutSeconds = 60): Promise<PluginResult> {
+		const [namespace, name] = key.split('/');
+		const ips = [[pod.ipv4, 24], [pod.ipv6, 64]].filter(([ip]) => ip).map(([ip, bits]) => ({address: `${ip}/${bits}`}));
+		return plugin(netconf(this.cniSocket, `"timeoutSeconds":${timeoutSeconds}`, JSON.stringify({cniVersion: '1.0.0', ips})), {
+			CNI_COMMAND: command, CNI_NETNS: pod.netns, CNI_ARGS: `K8S_POD_NAMESPACE=${namespace};K8S_POD_NAME=${name};K8S_POD_INFRA_CONTAINER_ID=c0ffee;K8S_POD_UID=${uid}`,
+		});
 	}
 
 	object(key: string): ApiObject | undefined {

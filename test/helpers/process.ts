@@ -8,8 +8,9 @@ export interface Result {
 }
 
 /** Runs to the end. Never throws for an exit code. */
-export function run(command: string, args: readonly string[], options: {readonly input?: string; readonly timeoutMs?: number} = {}): Result {
-	const {status, stdout, stderr, error} = spawnSync(command, args, {encoding: 'utf8', input: options.input ?? '', timeout: options.timeoutMs ?? 60_000, maxBuffer: 1 << 28});
+export function run(command: string, args: readonly string[], options: {readonly input?: string; readonly timeoutMs?: number; readonly env?: NodeJS.ProcessEnv; readonly cwd?: string} = {}): Result {
+	const {input = '', timeoutMs: timeout = 60_000, ...rest} = options;
+	const {status, stdout, stderr, error} = spawnSync(command, args, {encoding: 'utf8', input, timeout, maxBuffer: 1 << 28, ...rest});
 	if (error) {
 		throw new Error(`${command} ${args.join(' ')}: ${error.message}`);
 	}

@@ -154,7 +154,7 @@ test('no answer in time is an error that ends the connection', async t => {
 	server.behave({silent: true});
 	const started = performance.now();
 	await t.throwsAsync(client.get(PODS, {timeoutMs: 100}), {instanceOf: KubernetesTimeoutError, message: /did not list pods \(nothing whole came in 100 ms\)/});
-	t.true(performance.now() - started < 2000);
+	t.true(performance.now() - started < FAST.requestMs);
 	await eventually('the connection is gone', () => server.openConnections === 0);
 });
 
@@ -211,7 +211,7 @@ async function watchAll(client: KubernetesClient): Promise<WatchEvent[]> {
 	const events: WatchEvent[] = [];
 	await client.watch(`${PODS}?watch=1`, event => {
 		events.push(event);
-	}, {signal: new AbortController().signal, inactivityMs: 1000});
+	}, {signal: new AbortController().signal, inactivityMs: 20_000});
 	return events;
 }
 
@@ -242,7 +242,7 @@ test('what onEvent throws ends the watch', async t => {
 	const problem = new Error('not this one');
 	t.is(await t.throwsAsync(client.watch(`${PODS}?watch=1`, () => {
 		throw problem;
-	}, {signal: new AbortController().signal, inactivityMs: 1000})), problem);
+	}, {signal: new AbortController().signal, inactivityMs: 20_000})), problem);
 });
 
 test('a server that takes connections and never says a word, TLS neither, is given up', async t => {
@@ -260,7 +260,7 @@ test('a server that takes connections and never says a word, TLS neither, is giv
 			socket.destroy();
 		}
 	});
-	const client = new KubernetesClient({server: `https://127.0.0.1:${(server.address() as AddressInfo).port}`, timing: FAST, log() {}});
+	const client = new KubernetesClient({server: `https://127.0.0.1:${(server.address() as AddressInfo).port}`, timing: {...FAST, requestMs: 100}, log() {}});
 	await t.throwsAsync(client.get(PODS), {instanceOf: KubernetesTimeoutError});
 	// Nor does garbage in the place of TLS or HTTP throw anything else.
 	const port = await new Promise<number>(resolve => {
@@ -281,38 +281,41 @@ test('a server that takes connections and never says a word, TLS neither, is giv
 });
 
 test('while the server does well, requests do not wait', async t => {
-	const {server, client} = await makeBench(t, {timing: {...FAST, requestMs: 10_000, gapMs: 1000}});
+	const {server, client} = await makeBench(t, {timing: {...FAST, gapMs: 20_000}});
 	await client.get(PODS);
 	const started = performance.now();
 	await Promise.all(Array.from({length: 20}, async () => client.get(PODS)));
-	t.true(performance.now() - started < 900);
+	t.true(performance.now() - started < 15_000);
 	t.is(server.history.length, 21);
 });
 
 test('while it fails, all requests together start one a gap; when it answers again, the rest starts at once', async t => {
 	const gapMs = 100;
-	const {server, client} = await makeBench(t, {timing: {...FAST, requestMs: 10_000, gapMs}});
+	const {server, client} = await makeBench(t, {timing: {...FAST, gapMs}});
 	await client.get(PODS);
 	server.behave({status: 500});
 	await t.throwsAsync(client.get(PODS));
-	const results = Promise.allSettled(Array.from({length: 30}, async () => client.get(PODS)));
+	const started = performance.now();
+	const results = Promise.allSettled(Array.from({length: 200}, async () => client.get(PODS)));
 	await sleep(10 * gapMs);
-	const times = server.history.slice(2).map(({atMs}) => atMs);
-	t.true(times.length <= 11, String(times.length));
+	const most = (performance.now() - started) / gapMs + 1;
+	t.true(server.history.length - 2 <= most, `${server.history.length - 2} requests, at most ${most}`);
 	server.behave();
+	await eventually('nobody waits', () => client.pace.waiting === 0);
+	t.true(performance.now() - started < 100 * gapMs);
 	await results;
-	t.is(server.history.length, 32);
-	t.true(server.history.at(-1)!.atMs - times.at(-1)! < 5 * gapMs);
-	t.is(client.pace.waiting, 0);
+	t.is(server.history.length, 202);
 });
 
 test('a new server gets one request at a time until it has answered', async t => {
-	const {server, client} = await makeBench(t, {timing: {...FAST, requestMs: 10_000, gapMs: 100}});
+	const {server, client} = await makeBench(t, {timing: {...FAST, gapMs: 100}});
 	server.behave({silent: true});
 	const controller = new AbortController();
 	const results = Promise.allSettled(Array.from({length: 20}, async () => client.get(PODS, {signal: controller.signal})));
+	const started = performance.now();
 	await sleep(450);
-	t.true(server.history.length >= 1 && server.history.length <= 6, String(server.history.length));
+	const most = (performance.now() - started) / 100 + 2;
+	t.true(server.history.length <= most, `${server.history.length} requests, at most ${most}`);
 	controller.abort();
 	await results;
 	t.is(client.pace.waiting, 0);
@@ -329,7 +332,7 @@ test('Retry-After is kept, up to a bound', async t => {
 	await client.get(PODS);
 	const [first, second, third] = server.history.map(({atMs}) => atMs);
 	t.true(second! - first! >= 990, `${second! - first!}`);
-	t.true(third! - second! >= 1490 && third! - second! < 8000, `${third! - second!}`);
+	t.true(third! - second! >= 1490 && third! - second! < 60_000, `${third! - second!}`);
 });
 
 test('lines are split at any byte and have a bound', t => {

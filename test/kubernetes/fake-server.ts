@@ -61,7 +61,7 @@ export interface Hostility {
 	inBandStatus: number;
 	/** In the place of an event: half of it and a reset, half of it and silence, text that is no event, a line without end. */
 	event: 'reset' | 'half' | 'garbage' | 'endless' | 'closed';
-	/** Each event comes twice, and old ones come again. */
+	/** Each event comes twice, and old ones come again, backwards. */
 	repeats: boolean;
 	/** Events that are sent together come in the wrong order. */
 	shuffled: boolean;
@@ -69,6 +69,8 @@ export interface Hostility {
 	trickleBytes: number;
 	/** Between two pages of a list something changes: called before every page but the first. */
 	onPage: () => void;
+	/** Each page shows the time it is asked for, not that of the first. */
+	movingPages: boolean;
 	/** A list is answered with something that is none. */
 	list: 'garbage' | 'no version' | 'pages without end';
 }
@@ -122,7 +124,7 @@ export class FakeApiServer {
 	readonly #changes: Record<Kind, Change[]> = {pods: [], namespaces: []};
 	readonly #watchers = new Set<Watcher>();
 	readonly #sockets = new Map<number, Socket>();
-	readonly #pages = new Map<string, {readonly rest: readonly ApiObject[]; readonly version: number}>();
+	readonly #pages = new Map<string, {readonly rest: readonly ApiObject[]; readonly version: number; readonly last: string}>();
 	readonly #timers = new Set<NodeJS.Timeout>();
 	readonly #options: FakeApiServerOptions;
 	#server: http.Server | https.Server | undefined;
@@ -232,7 +234,10 @@ export class FakeApiServer {
 		this.#timers.clear();
 		const closed = once(this.#server!, 'close');
 		this.#server!.close();
-		this.resetConnections();
+		for (const socket of this.#sockets.values()) {
+			socket.destroy();
+		}
+
 		await closed;
 	}
 
@@ -421,10 +426,11 @@ export class FakeApiServer {
 			return;
 		}
 
-		let page = token === null ? {rest: [...this.#objects[kind].values()].filter(selector(record.query)), version: this.#version} : this.#pages.get(token);
+		const now = () => [...this.#objects[kind].values()].filter(selector(record.query)).sort((a, b) => keyOf(a) < keyOf(b) ? -1 : 1);
+		let page = token === null ? {rest: now(), version: this.#version, last: ''} : this.#pages.get(token);
 		if (token !== null && strikes) {
 			hostility.onPage?.();
-			page = hostility.gonePages ? undefined : page;
+			page = hostility.gonePages ? undefined : page && hostility.movingPages ? {...page, rest: now().filter(object => keyOf(object) > page!.last), version: this.#version} : page;
 		}
 
 		if (!page) {
@@ -437,7 +443,7 @@ export class FakeApiServer {
 		let next = '';
 		if (rest.length > 0) {
 			next = Buffer.from(JSON.stringify({rv: page.version, id: randomUUID()})).toString('base64url');
-			this.#pages.set(next, {rest, version: page.version});
+			this.#pages.set(next, {rest, version: page.version, last: keyOf(page.rest[limit - 1]!)});
 		}
 
 		this.#respond(response, record, 200, {
@@ -518,7 +524,7 @@ export class FakeApiServer {
 		}
 
 		if (strikes && hostility.repeats) {
-			fresh = [...fresh, ...fresh, ...changes.slice(-20)];
+			fresh = [...fresh, ...fresh, ...changes.slice(-20).reverse()];
 		}
 
 		const lines = fresh.map(change => eventFor(watcher, change)).filter(event => event !== undefined).map(event => `${JSON.stringify(event)}\n`).join('');

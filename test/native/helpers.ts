@@ -127,3 +127,22 @@ export function fdKinds(): Record<string, number> {
 
 	return kinds;
 }
+
+const AF_UNIX = 1;
+const SOCK_SEQPACKET = 5;
+const SOCK_NONBLOCK = 0o4000;
+
+/** @returns the fd of a connected SOCK_SEQPACKET socket, nonblocking. */
+export function connectSeqpacket(file: string): number {
+	const netns = native.openNetns('/proc/self/ns/net');
+	const fd = netns.socket(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK, 0);
+	netns.close();
+	try {
+		native.connect(fd, Buffer.concat([Buffer.of(AF_UNIX, 0), Buffer.from(file), Buffer.of(0)]));
+	} catch (error) {
+		native.closeFd(fd);
+		throw error;
+	}
+
+	return fd;
+}

@@ -1,7 +1,8 @@
 /*
  * client --to ADDRESS:PORT… [--family 4|6|mapped] [--bind ADDRESS:PORT [--step N]] [--reuseport] [--device IF] [--mark N] [--nonblock] [--tfo sendto|connect] [--mptcp]
- *        [--send TEXT] [--timeout MS] [--count N --parallel P] [--hold]
- * Connects, reads the server's hello, expects an echo, and says what it saw. With --step each connection's port is N further than the one's before.
+ *        [--send TEXT] [--timeout MS] [--count N --parallel P [--pause MS]] [--hold]
+ * Connects, reads the server's hello, expects an echo, and says what it saw. SIGTERM ends
+ * --count early; --pause is after each failure. With --step each connection's port is N further than the one's before.
  */
 #include <fcntl.h>
 #include <poll.h>
@@ -16,7 +17,7 @@
 
 static struct {
 	const char *to[TO_MAX], *family, *bind, *device, *tfo, *send;
-	int to_count, mark, timeout, count, parallel, step;
+	int to_count, mark, timeout, count, parallel, step, pause;
 	bool nonblock, mptcp, hold, reuseport;
 } options = {.send = "ping", .timeout = 3000, .parallel = 1, .count = -1, .mark = -1};
 
@@ -223,6 +224,7 @@ static void close_result(struct result *result)
 }
 
 static atomic_int next, succeeded, failed, wrong_peer;
+static atomic_bool stopped;
 static pthread_mutex_t errors_lock = PTHREAD_MUTEX_INITIALIZER;
 static struct {
 	const char *name;
@@ -249,7 +251,7 @@ static void *work(void *unused)
 	int index;
 
 	(void)unused;
-	while ((index = atomic_fetch_add(&next, 1)) < options.count) {
+	while (!stopped && (index = atomic_fetch_add(&next, 1)) < options.count) {
 		const char *to = options.to[index % options.to_count];
 		char expected[TEXT_MAX], hello[TEXT_MAX + 16];
 		union address address = destination(to);
@@ -264,6 +266,7 @@ static void *work(void *unused)
 			failed++;
 			count_error(result->outcome);
 			print_result(result);
+			usleep(options.pause * 1000);
 		}
 		close_result(result);
 	}
@@ -271,11 +274,19 @@ static void *work(void *unused)
 	return NULL;
 }
 
+static void stop(int signal)
+{
+	(void)signal;
+	stopped = true;
+}
+
 static void run_many(void)
 {
 	pthread_t *threads = calloc(options.parallel, sizeof(*threads));
+	struct sigaction action = {.sa_handler = stop, .sa_flags = SA_RESTART};
 	const char *comma = "";
 
+	sigaction(SIGTERM, &action, NULL);
 	for (int i = 0; i < options.parallel; i++)
 		pthread_create(&threads[i], NULL, work, NULL);
 	for (int i = 0; i < options.parallel; i++)
@@ -344,6 +355,8 @@ int main(int argc, char **argv)
 			options.count = atoi(argv[i]);
 		else if (!strcmp(name, "--parallel"))
 			options.parallel = atoi(argv[i]);
+		else if (!strcmp(name, "--pause"))
+			options.pause = atoi(argv[i]);
 		else
 			misuse(name);
 	}

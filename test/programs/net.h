@@ -126,8 +126,8 @@ static inline void prepare_process(void)
 	}
 }
 
-/* A socket bound there, or the end of the process. `prepare`, if any, sets options before the bind. */
-static inline int socket_at(const char *text, int type, void (*prepare)(int fd))
+/* A socket bound there; -1: errno. `prepare`, if any, sets options before the bind. */
+static inline int try_socket_at(const char *text, int type, void (*prepare)(int fd))
 {
 	union address address = parse_address(text);
 	int fd = socket(address.any.sa_family, type | SOCK_NONBLOCK | SOCK_CLOEXEC, 0), on = 1;
@@ -144,27 +144,49 @@ static inline int socket_at(const char *text, int type, void (*prepare)(int fd))
 	if (prepare)
 		prepare(fd);
 	if (bind(fd, &address.any, address_size(&address))) {
+		int error = errno;
+
+		close(fd);
+		errno = error;
+		return -1;
+	}
+	return fd;
+}
+
+static inline int try_listen_at(const char *text, void (*prepare)(int fd))
+{
+	int fd = try_socket_at(text, SOCK_STREAM, prepare), fastopen = 64;
+
+	if (fd < 0)
+		return -1;
+	setsockopt(fd, SOL_TCP, TCP_FASTOPEN, &fastopen, sizeof(fastopen));
+	if (listen(fd, 4096)) {
+		int error = errno;
+
+		close(fd);
+		errno = error;
+		return -1;
+	}
+	return fd;
+}
+
+static inline int or_exit(int fd, const char *text)
+{
+	if (fd < 0) {
 		perror(text);
 		exit(1);
 	}
 	return fd;
 }
 
-static inline int listen_prepared(const char *text, void (*prepare)(int fd))
+static inline int socket_at(const char *text, int type, void (*prepare)(int fd))
 {
-	int fd = socket_at(text, SOCK_STREAM, prepare), fastopen = 64;
-
-	setsockopt(fd, SOL_TCP, TCP_FASTOPEN, &fastopen, sizeof(fastopen));
-	if (listen(fd, 4096)) {
-		perror(text);
-		exit(1);
-	}
-	return fd;
+	return or_exit(try_socket_at(text, type, prepare), text);
 }
 
 static inline int listen_at(const char *text)
 {
-	return listen_prepared(text, NULL);
+	return or_exit(try_listen_at(text, NULL), text);
 }
 
 /* ::ffff:a.b.c.d as a.b.c.d; any other address as it is. */

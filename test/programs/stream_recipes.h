@@ -4,6 +4,8 @@
  *   h13 [--rounds N] [--exchanges N] [--settle-ms N] [--burst N] [--hung SECONDS]
  *       KERNEL.md H13: a receive buffer of 16 MiB, 2 MiB sent at once, a reader that sleeps, wakes once and reads 40,000-byte pieces until a short one, and for
  *       the rest waits for the next edge. Each direction in turn.
+ *   halfread, with the same options
+ *       The same with half a message unread whenever more comes: from before the server has accepted (TCP_DEFER_ACCEPT), while whoever enrols late looks, and when the 2 MiB come.
  *   stopped [--exchanges N] [--settle-ms N] [--rounds N] [--most N]
  *       H2: how much the kernel takes from a non-blocking sender whose reader has stopped, and what it costs; then all of it has to be read.
  *
@@ -12,7 +14,7 @@
 #ifndef STREAM_RECIPES_H
 #define STREAM_RECIPES_H
 
-enum { H13_BUFFER = 16 << 20, H13_PIECE = 40000, STOPPED_WRITE = 65536, STOPPED_QUIET_MS = 500, EXCHANGE = 64 };
+enum { H13_BUFFER = 16 << 20, H13_PIECE = 40000, STOPPED_WRITE = 4096, STOPPED_QUIET_MS = 500, EXCHANGE = 64, HALF = 32 };
 
 struct pipe_end {
 	int fd;
@@ -32,11 +34,29 @@ static bool wait_for(int fd, int events, int timeout_ms)
 	return poll(&one, 1, timeout_ms) > 0;
 }
 
-/* @param buffer - of both sockets; 0: the kernel's own */
-static void connect_ends(struct pipe_end ends[2], int round, int buffer)
+/* Sends up to `size`, until the kernel takes no more. */
+static uint64_t push(struct pipe_end *end, char *buffer, uint64_t size)
+{
+	uint64_t before = end->sent;
+	ssize_t done;
+
+	fill_content(buffer, end->key_out, end->sent, size);
+	while (size > 0 && (done = write(end->fd, buffer + (end->sent - before), size)) > 0) {
+		end->sent += done;
+		size -= done;
+	}
+	return end->sent - before;
+}
+
+/*
+ * @param buffer - of both sockets; 0: the kernel's own
+ * @param client_first - bytes that the client sends before the server accepts
+ */
+static void connect_ends(struct pipe_end ends[2], int round, int buffer, size_t client_first)
 {
 	static int own = -1;
 	union address to = options.to[0], any = {0};
+	char first[EXCHANGE];
 	int listener;
 
 	if (own < 0)
@@ -50,6 +70,8 @@ static void connect_ends(struct pipe_end ends[2], int round, int buffer)
 		set_option(listener, SOL_SOCKET, SO_RCVBUFFORCE, buffer);
 		set_option(listener, SOL_SOCKET, SO_SNDBUFFORCE, buffer);
 	}
+	if (client_first)
+		set_option(listener, SOL_TCP, TCP_DEFER_ACCEPT, 5);
 	if (bind(listener, &any.any, address_size(&any)) || listen(listener, 1))
 		fail_recipe("listen");
 	enter(own);
@@ -60,31 +82,18 @@ static void connect_ends(struct pipe_end ends[2], int round, int buffer)
 	}
 	if (connect(ends[CLIENT].fd, &to.any, address_size(&to)) && errno != EINPROGRESS)
 		fail_recipe("connect");
-	if (!wait_for(listener, POLLIN, 5000))
-		fail_recipe("accept");
-	ends[SERVER].fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
 	if (!wait_for(ends[CLIENT].fd, POLLOUT, 5000))
 		fail_recipe("connect");
-	close(listener);
 	for (enum side side = CLIENT; side <= SERVER; side++) {
-		set_option(ends[side].fd, SOL_TCP, TCP_NODELAY, 1);
 		ends[side].key_out = content_key(options.seed, round, side);
 		ends[side].sent = ends[side].received = 0;
 	}
-}
-
-/* Sends up to `size`, until the kernel takes no more. */
-static uint64_t push(struct pipe_end *end, char *buffer, uint64_t size)
-{
-	uint64_t before = end->sent;
-	ssize_t done;
-
-	fill_content(buffer, end->key_out, end->sent, size);
-	while (size > 0 && (done = write(end->fd, buffer + (end->sent - before), size)) > 0) {
-		end->sent += done;
-		size -= done;
-	}
-	return end->sent - before;
+	if (push(&ends[CLIENT], first, client_first) < client_first || !wait_for(listener, POLLIN, 5000))
+		fail_recipe("accept");
+	ends[SERVER].fd = accept4(listener, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC);
+	close(listener);
+	for (enum side side = CLIENT; side <= SERVER; side++)
+		set_option(ends[side].fd, SOL_TCP, TCP_NODELAY, 1);
 }
 
 /* One read; the bytes have to be those that come next. @return what it gave; 0: EAGAIN */
@@ -108,7 +117,22 @@ static size_t pull(struct pipe_end *end, const struct pipe_end *from, char *buff
 	return got;
 }
 
-static void exchange(struct pipe_end ends[2])
+/* All that was sent but for the last `rest` bytes. */
+static void pull_up_to(struct pipe_end *end, const struct pipe_end *from, size_t rest)
+{
+	char buffer[EXCHANGE];
+
+	while (end->received + rest < from->sent) {
+		uint64_t left = from->sent - rest - end->received;
+
+		if (!wait_for(end->fd, POLLIN, 5000))
+			fail_recipe("no exchange");
+		pull(end, from, buffer, left < EXCHANGE ? left : EXCHANGE);
+	}
+}
+
+/* @param rest - bytes that stay unread at both ends */
+static void exchange(struct pipe_end ends[2], size_t rest)
 {
 	char buffer[EXCHANGE];
 
@@ -119,15 +143,11 @@ static void exchange(struct pipe_end ends[2])
 			usleep(options.settle_ms * 1000);
 		if (push(from, buffer, EXCHANGE) < EXCHANGE)
 			fail_recipe("exchange");
-		while (to->received < from->sent) {
-			if (!wait_for(to->fd, POLLIN, 5000))
-				fail_recipe("no exchange");
-			pull(to, from, buffer, EXCHANGE);
-		}
+		pull_up_to(to, from, rest);
 	}
 }
 
-static int run_h13(void)
+static int run_h13(bool half)
 {
 	char *out = malloc(options.burst), *in = malloc(H13_PIECE);
 	int stuck = 0;
@@ -138,8 +158,14 @@ static int run_h13(void)
 		struct epoll_event edge = {.events = EPOLLIN | EPOLLRDHUP | EPOLLET};
 		uint64_t target;
 
-		connect_ends(ends, round, H13_BUFFER);
-		exchange(ends);
+		connect_ends(ends, round, H13_BUFFER, half ? EXCHANGE : 0);
+		if (half) {
+			pull_up_to(&ends[SERVER], &ends[CLIENT], HALF);
+			exchange(ends, HALF);
+		}
+		exchange(ends, 0);
+		if (half)
+			exchange(ends, HALF);
 		epoll_ctl(epoll, EPOLL_CTL_ADD, to->fd, &edge);
 		epoll_wait(epoll, &edge, 1, 0);
 		target = from->sent + options.burst;
@@ -209,8 +235,8 @@ static int run_stopped(void)
 		uint64_t before, after, accepted;
 		uint32_t reader, sender;
 
-		connect_ends(ends, round, 0);
-		exchange(ends);
+		connect_ends(ends, round, 0, 0);
+		exchange(ends, 0);
 		before = tcp_memory();
 		accepted = from->sent;
 		while (from->sent - accepted < options.most && (push(from, buffer, STOPPED_WRITE) > 0 || wait_for(from->fd, POLLOUT, STOPPED_QUIET_MS)))

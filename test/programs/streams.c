@@ -1,10 +1,11 @@
 /*
  * streams [run] --to ADDRESS… [--server-netns PATH] [--seed N] [--streams N] [--bytes N] [--only FIRST[-LAST]] [--max-bytes N] [--lanes N] [--hung SECONDS]
- *         [--max-failures N] [--port N]
- * streams h13|stopped --to ADDRESS [--server-netns PATH] … (stream_recipes.h)
+ *         [--max-failures N] [--port N] [--duplex N]
+ * streams h13|halfread|stopped --to ADDRESS [--server-netns PATH] … (stream_recipes.h)
  *
  * Runs random streams between two threads, of which the one that listens may be in another network namespace, and compares every byte. One JSON line for each
  * stream that failed, with what it takes to run it again, and one at the end. At least --streams and --bytes; each lane runs one stream after the other.
+ * With --duplex all streams are alike: a client that blocks, with a thread that reads and one that writes, and so many bytes each way at once.
  */
 #include <fcntl.h>
 #include <linux/sock_diag.h>
@@ -33,7 +34,7 @@ enum { TO_MAX = 16, LANES_MAX = 512, TURN_EVENTS = 128, SOURCE_PORTS = 6000 };
 struct options {
 	union address to[TO_MAX];
 	int to_count, server_netns, port, lanes, max_failures, exchanges, rounds, settle_ms;
-	uint64_t seed, streams, bytes, first, last, max_bytes, hung_ns, burst, most;
+	uint64_t seed, streams, bytes, first, last, max_bytes, hung_ns, burst, most, duplex;
 };
 
 static struct options options = {
@@ -78,10 +79,15 @@ static _Atomic int failures, wrong, hung;
 static _Atomic uint64_t verified, finished_streams, fionread_checked, fionread_wrong, fast_opened;
 static _Atomic bool over;
 static pthread_mutex_t report_lock = PTHREAD_MUTEX_INITIALIZER;
-static struct {
-	uint64_t chatty, server_first, defer_accept, accept_delay, fast_open, fixed_source, half_close, resets, blocking, until_short, slow, peeks, vectors, sendfile, small_buffer,
-		large_buffer, mapped;
-} drawn;
+enum trait {
+	CHATTY, CLIENT_FIRST, SERVER_FIRST, DEFER_ACCEPT, ACCEPT_DELAY, FAST_OPEN, REUSED_TUPLE, HALF_CLOSE, RESETS, MAPPED, BLOCKING, EDGE_TRIGGERED,
+	UNTIL_SHORT, SLOW, STOPPING, PEEKS, PARTIAL_READS, VECTORS, SENDFILE, SMALL_BUFFER, LARGE_BUFFER, TRAITS
+};
+static const char *const trait_names[] = {
+	"chatty", "client_first", "server_first", "defer_accept", "accept_delay", "fast_open", "reused_tuple", "half_close", "resets", "mapped", "blocking",
+	"edge_triggered", "until_short", "slow", "stopping", "peeks", "partial_reads", "vectors", "sendfile", "small_buffer", "large_buffer"
+};
+static uint64_t drawn[TRAITS];
 
 static uint64_t now_ns(void)
 {
@@ -648,26 +654,30 @@ static uint64_t turn_open(struct end *end, int epoll, uint64_t now, char *buffer
 
 static void count_drawn(const struct plan *plan)
 {
-	drawn.chatty += plan->chatty;
-	drawn.server_first += plan->server_first;
-	drawn.defer_accept += plan->defer_accept;
-	drawn.accept_delay += plan->accept_delay_ms > 0;
-	drawn.fast_open += plan->fast_open != FAST_OPEN_NONE;
-	drawn.fixed_source += plan->fixed_source;
-	drawn.half_close += plan->half_close;
-	drawn.resets += plan->ending == END_CLIENT_RESETS || plan->ending == END_SERVER_RESETS;
-	drawn.mapped += plan->mapped;
+	drawn[CHATTY] += plan->chatty;
+	drawn[CLIENT_FIRST] += !plan->server_first;
+	drawn[SERVER_FIRST] += plan->server_first;
+	drawn[DEFER_ACCEPT] += plan->defer_accept;
+	drawn[ACCEPT_DELAY] += plan->accept_delay_ms > 0;
+	drawn[FAST_OPEN] += plan->fast_open != FAST_OPEN_NONE;
+	drawn[REUSED_TUPLE] += plan->fixed_source;
+	drawn[HALF_CLOSE] += plan->half_close;
+	drawn[RESETS] += plan->ending == END_CLIENT_RESETS || plan->ending == END_SERVER_RESETS;
+	drawn[MAPPED] += plan->mapped;
 	for (enum side side = CLIENT; side <= SERVER; side++) {
 		const struct end_plan *end = &plan->ends[side];
 
-		drawn.blocking += end->blocking;
-		drawn.until_short += !end->blocking && end->reader == READ_UNTIL_SHORT;
-		drawn.slow += end->read_pause_every > 0;
-		drawn.peeks += end->peeks;
-		drawn.vectors += end->vectors;
-		drawn.sendfile += end->sendfile;
-		drawn.small_buffer += end->receive_buffer > 0 && end->receive_buffer <= 65536;
-		drawn.large_buffer += end->receive_buffer > 65536;
+		drawn[BLOCKING] += end->blocking;
+		drawn[EDGE_TRIGGERED] += !end->blocking && end->reader != READ_LEVEL;
+		drawn[UNTIL_SHORT] += !end->blocking && end->reader == READ_UNTIL_SHORT;
+		drawn[SLOW] += end->read_pause_every > 0 && end->read_pause_ms < STOP_MS;
+		drawn[STOPPING] += end->read_pause_every > 0 && end->read_pause_ms >= STOP_MS;
+		drawn[PEEKS] += end->peeks;
+		drawn[PARTIAL_READS] += end->read_max < plan->ends[!side].write_max;
+		drawn[VECTORS] += end->vectors;
+		drawn[SENDFILE] += end->sendfile;
+		drawn[SMALL_BUFFER] += end->receive_buffer > 0 && end->receive_buffer <= 65536;
+		drawn[LARGE_BUFFER] += end->receive_buffer > 65536;
 	}
 }
 
@@ -697,6 +707,8 @@ static bool draw_stream(struct lane *lane)
 		return false;
 	lane->index = index;
 	draw_plan(&lane->plan, options.seed, index, options.max_bytes, options.to_count, index % options.lanes < (unsigned int)options.lanes / 4);
+	if (options.duplex)
+		plan_duplex(&lane->plan, options.duplex);
 	count_drawn(&lane->plan);
 	for (enum side side = CLIENT; side <= SERVER; side++) {
 		struct end *end = &lane->ends[side];
@@ -883,16 +895,12 @@ static int run_streams(void)
 	}
 	for (int i = 0; i < 2; i++)
 		pthread_join(threads[i], NULL);
-	printf("{\"seed\":%llu,\"streams\":%llu,\"wrong\":%d,\"hung\":%d,\"bytes\":%llu,\"seconds\":%.2f,\"fionread\":{\"checked\":%llu,\"wrong\":%llu},\"fast_opened\":%llu,\"drawn\":{"
-	       "\"chatty\":%llu,\"server_first\":%llu,\"defer_accept\":%llu,\"accept_delay\":%llu,\"fast_open\":%llu,\"fixed_source\":%llu,\"half_close\":%llu,\"resets\":%llu,"
-	       "\"blocking\":%llu,\"until_short\":%llu,\"slow\":%llu,\"peeks\":%llu,\"vectors\":%llu,\"sendfile\":%llu,\"small_buffer\":%llu,\"large_buffer\":%llu,\"mapped\":%llu}}\n",
+	printf("{\"seed\":%llu,\"streams\":%llu,\"wrong\":%d,\"hung\":%d,\"bytes\":%llu,\"seconds\":%.2f,\"fionread\":{\"checked\":%llu,\"wrong\":%llu},\"fast_opened\":%llu,\"drawn\":{",
 	       (unsigned long long)options.seed, (unsigned long long)finished_streams, wrong, hung, (unsigned long long)verified, (now_ns() - started) / 1e9,
-	       (unsigned long long)fionread_checked, (unsigned long long)fionread_wrong, (unsigned long long)fast_opened, (unsigned long long)drawn.chatty,
-	       (unsigned long long)drawn.server_first, (unsigned long long)drawn.defer_accept, (unsigned long long)drawn.accept_delay,
-	       (unsigned long long)drawn.fast_open, (unsigned long long)drawn.fixed_source, (unsigned long long)drawn.half_close, (unsigned long long)drawn.resets,
-	       (unsigned long long)drawn.blocking, (unsigned long long)drawn.until_short, (unsigned long long)drawn.slow, (unsigned long long)drawn.peeks,
-	       (unsigned long long)drawn.vectors, (unsigned long long)drawn.sendfile, (unsigned long long)drawn.small_buffer, (unsigned long long)drawn.large_buffer,
-	       (unsigned long long)drawn.mapped);
+	       (unsigned long long)fionread_checked, (unsigned long long)fionread_wrong, (unsigned long long)fast_opened);
+	for (enum trait trait = 0; trait < TRAITS; trait++)
+		printf("%s\"%s\":%llu", trait ? "," : "", trait_names[trait], (unsigned long long)drawn[trait]);
+	puts("}}");
 	return failures > 0;
 }
 
@@ -968,6 +976,8 @@ int main(int argc, char **argv)
 			options.settle_ms = parse_number(value);
 		} else if (!strcmp(name, "--burst")) {
 			options.burst = parse_number(value);
+		} else if (!strcmp(name, "--duplex")) {
+			options.duplex = parse_number(value);
 		} else if (!strcmp(name, "--most")) {
 			options.most = parse_number(value);
 		} else {
@@ -978,8 +988,8 @@ int main(int argc, char **argv)
 		misuse(at < argc ? argv[at] : "--to, --lanes");
 	if (!strcmp(mode, "run"))
 		return run_streams();
-	if (!strcmp(mode, "h13"))
-		return run_h13();
+	if (!strcmp(mode, "h13") || !strcmp(mode, "halfread"))
+		return run_h13(!strcmp(mode, "halfread"));
 	if (!strcmp(mode, "stopped"))
 		return run_stopped();
 	misuse(mode);

@@ -112,6 +112,9 @@ enum ending {
 
 enum fast_open { FAST_OPEN_NONE, FAST_OPEN_SENDTO, FAST_OPEN_CONNECT };
 
+/* Readers that pause for longer have stopped. */
+enum { STOP_MS = 20 };
+
 enum { STEPS_MAX = 1024, PIECE_MAX = 256 * 1024, SENDFILE_MAX = 4 << 20 };
 
 /* Once `received` bytes have come, the end may send up to `send_until`. */
@@ -221,7 +224,7 @@ static inline void plan_end(struct random *random, struct end_plan *plan, uint64
 		plan->read_pause_ms = draw_between(random, 1, 5);
 	} else if (chance(random, 25)) {
 		plan->read_pause_every = incoming / draw_between(random, 2, 4) + 1;
-		plan->read_pause_ms = draw_between(random, 20, 150);
+		plan->read_pause_ms = draw_between(random, STOP_MS, 150);
 	}
 	if (chance(random, 25)) {
 		plan->write_pause_every = plan->total / draw_between(random, 2, 20) + 1;
@@ -273,6 +276,28 @@ static inline void draw_plan(struct plan *plan, uint64_t seed, uint64_t index, u
 	plan_end(&random, server, client->total, plan->chatty);
 	if (plan->fast_open)
 		client->blocking = false;
+}
+
+/* Over a plan that was drawn: exchanges, so that it shows itself chatty, and then `bytes` each way. */
+static inline void plan_duplex(struct plan *plan, uint64_t bytes)
+{
+	struct end_plan *client = &plan->ends[CLIENT], *server = &plan->ends[SERVER];
+	uint64_t exchanged;
+
+	memset(plan, 0, sizeof(*plan));
+	plan->chatty = true;
+	for (int count = 0; count < 100; count++) {
+		add_step(client, server->total, 64);
+		add_step(server, client->total, 64);
+	}
+	exchanged = client->total;
+	add_step(client, server->total, bytes);
+	add_step(server, exchanged + 1, bytes);
+	for (enum side side = CLIENT; side <= SERVER; side++) {
+		plan->ends[side].blocking = side == CLIENT;
+		plan->ends[side].read_max = plan->ends[side].write_max = 32768;
+		plan->ends[side].no_delay = true;
+	}
 }
 
 #endif

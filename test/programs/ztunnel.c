@@ -4,14 +4,43 @@
  * each connection and DNS query, or with --brief only their number, at SIGUSR1 and at the end.
  *
  * Reads as tokio does, by edge-triggered epoll: a read or write that is short counts as drained, and nothing is tried before the next edge.
+ *
+ * ztunnel --zds PATH [--brief] [--retry MS] [--nack TEXT] [--late MS] [--misbehave mute|garbage|oversized|twice|fd] [--die-after N]: does so in every namespace that
+ * it is told of, and prints what it is told. As ztunnel does, it keeps what it has while it is disconnected, tries a namespace again that it could not serve
+ * (every 5 s; --retry), ends with 3 for Keep, Del or the snapshot's end at the wrong time, and drains at SIGTERM: no listeners any more, up to 5 s for what runs.
+ * --nack refuses every Add; --late answers so late; --misbehave is how it answers after the first Add.
  */
+#include <sched.h>
 #include <stddef.h>
 #include <sys/epoll.h>
+#include <sys/stat.h>
+#include <time.h>
 
 #include "dns.h"
+#include "zds.h"
 
-enum { OUTBOUND = 15001, INBOUND = 15006, TUNNEL = 15008, DNS = 15053 };
+enum { ZDS = 0, OUTBOUND = 15001, INBOUND = 15006, TUNNEL = 15008, DNS = 15053 };
 enum { MARK = 0x539, TURN_EVENTS = 64 };
+enum { BACKOFF_MAX_MS = 200, DRAIN_MS = 5000 };
+
+static const struct {
+	const char *address;
+	int type;
+} LISTENERS[] = {
+	{"[::]:15001", SOCK_STREAM},	  {"[::]:15006", SOCK_STREAM},	    {"[::]:15008", SOCK_STREAM},    {"127.0.0.1:15053", SOCK_STREAM},
+	{"[::1]:15053", SOCK_STREAM}, {"127.0.0.1:15053", SOCK_DGRAM}, {"[::1]:15053", SOCK_DGRAM},
+};
+enum { LISTENER_COUNT = sizeof(LISTENERS) / sizeof(*LISTENERS) };
+
+/* A namespace with its listeners; the process' own has no fd. */
+struct workload {
+	char uid[ZDS_TEXT_MAX];
+	int netns;
+	ino_t inode;
+	bool serves, in_snapshot;
+	struct half *listeners[LISTENER_COUNT];
+	struct workload *next;
+};
 
 /* A listening socket, or one direction of a relayed connection; an echoed one is its own other side. */
 struct half {
@@ -20,6 +49,8 @@ struct half {
 	bool connecting, readable, writable, closed, read_ended, write_ended;
 	size_t held;
 	struct half *other;
+	/* Of a listener. */
+	struct workload *workload;
 	char buffer[16384];
 };
 
@@ -27,9 +58,39 @@ static int epoll;
 static bool sidecar, brief;
 static unsigned long long accepted, closed, queries;
 static volatile sig_atomic_t asked, ending;
-/* Freed after the turn, as later events of it may name them. */
-static struct half *ended[2 * TURN_EVENTS];
-static int ended_count;
+/* Freed after the turn, as later events of it may name them; linked by `other`. */
+static struct half *ended;
+
+static struct {
+	const char *path, *nack, *misbehave;
+	long retry_ms, late_ms, die_after;
+} options = {.retry_ms = 5000, .die_after = -1};
+
+static struct workload *workloads, *entered;
+static struct half *zds;
+static bool snapshot_received;
+/* On the clock of now_ms(); 0 is never. */
+static long connect_at, backoff_ms, retry_at, drained_at;
+
+static long now_ms(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+/* New sockets are the namespace's. There is but one thread. */
+static void enter(struct workload *workload)
+{
+	if (workload == entered || workload->netns < 0)
+		return;
+	if (setns(workload->netns, CLONE_NEWNET)) {
+		perror("setns");
+		exit(1);
+	}
+	entered = workload;
+}
 
 static void prepare_upstream(int fd)
 {
@@ -135,7 +196,8 @@ static void end_one(struct half *half)
 {
 	close(half->fd);
 	half->fd = -1;
-	ended[ended_count++] = half;
+	half->other = ended;
+	ended = half;
 }
 
 static void end(struct half *half)
@@ -280,6 +342,9 @@ static void accept_all(const struct half *listener)
 	char peer[TEXT_MAX], local[TEXT_MAX];
 	int fd;
 
+	if (listener->fd < 0)
+		return;
+	enter(listener->workload);
 	while ((fd = accept4(listener->fd, NULL, NULL, SOCK_NONBLOCK | SOCK_CLOEXEC)) >= 0) {
 		accepted++;
 		name_of(fd, getpeername, peer);
@@ -315,14 +380,276 @@ static void answer_stream(struct half *half)
 	end(half);
 }
 
-static void listen_on(const char *address, int type)
+static void close_listeners(struct workload *workload)
 {
-	struct half *half = half_of(type == SOCK_STREAM ? listen_prepared(address, prepare_listener) : socket_at(address, type, prepare_listener),
-				    atoi(strrchr(address, ':') + 1));
+	for (int i = 0; i < LISTENER_COUNT; i++) {
+		if (workload->listeners[i])
+			end_one(workload->listeners[i]);
+		workload->listeners[i] = NULL;
+	}
+	workload->serves = false;
+}
 
-	half->listens = true;
-	half->datagrams = type == SOCK_DGRAM;
-	watch(half, EPOLLIN);
+/* NULL, or the address that could not be served; errno tells why, and nothing listens then. */
+static const char *open_listeners(struct workload *workload)
+{
+	enter(workload);
+	for (int i = 0; i < LISTENER_COUNT; i++) {
+		const char *address = LISTENERS[i].address;
+		bool datagrams = LISTENERS[i].type == SOCK_DGRAM;
+		int port = atoi(strrchr(address, ':') + 1), fd;
+
+		if (sidecar && port == TUNNEL)
+			continue;
+		fd = datagrams ? try_socket_at(address, SOCK_DGRAM, prepare_listener) : try_listen_at(address, prepare_listener);
+		if (fd < 0) {
+			int error = errno;
+
+			close_listeners(workload);
+			errno = error;
+			return address;
+		}
+		workload->listeners[i] = half_of(fd, port);
+		workload->listeners[i]->listens = true;
+		workload->listeners[i]->datagrams = datagrams;
+		workload->listeners[i]->workload = workload;
+		watch(workload->listeners[i], EPOLLIN);
+	}
+	workload->serves = true;
+	return NULL;
+}
+
+static void drop_workload(struct workload **at)
+{
+	struct workload *workload = *at;
+
+	*at = workload->next;
+	close_listeners(workload);
+	close(workload->netns);
+	if (entered == workload)
+		entered = NULL;
+	free(workload);
+}
+
+static struct workload **find_workload(const char *uid)
+{
+	struct workload **at = &workloads;
+
+	while (*at && strcmp((*at)->uid, uid))
+		at = &(*at)->next;
+	return at;
+}
+
+/* Empty when its listeners are bound. */
+static void serve_workload(struct workload *workload, char *error, size_t size)
+{
+	const char *failed = options.nack ? NULL : open_listeners(workload);
+
+	error[0] = 0;
+	if (options.nack)
+		snprintf(error, size, "%s", options.nack);
+	else if (failed)
+		snprintf(error, size, "failure to start proxy: %s: %s", failed, errno_name(errno));
+	if (error[0])
+		retry_at = now_ms() + options.retry_ms;
+}
+
+static void add_workload(const struct zds_request *request, char *error, size_t size)
+{
+	struct workload **at = find_workload(request->uid), *workload = *at;
+	struct stat status;
+
+	fstat(request->netns, &status);
+	printf("{\"zds\":\"add\",\"uid\":\"%s\",\"name\":\"%s\",\"namespace\":\"%s\",\"service_account\":\"%s\",\"inode\":%lu}\n", request->uid, request->name,
+	       request->namespace, request->service_account, (unsigned long)status.st_ino);
+	if (workload && workload->inode != status.st_ino) {
+		drop_workload(at);
+		workload = NULL;
+	}
+	if (workload) {
+		close(request->netns);
+	} else {
+		workload = calloc(1, sizeof(*workload));
+		snprintf(workload->uid, sizeof(workload->uid), "%s", request->uid);
+		workload->netns = request->netns;
+		workload->inode = status.st_ino;
+		workload->next = workloads;
+		workloads = workload;
+	}
+	workload->in_snapshot = true;
+	error[0] = 0;
+	if (!workload->serves)
+		serve_workload(workload, error, size);
+}
+
+static void out_of_order(const char *what)
+{
+	fprintf(stderr, "protocol error: %s\n", what);
+	exit(3);
+}
+
+static void obey(const struct zds_request *request, char *error, size_t size)
+{
+	struct workload **at;
+	int count = 0;
+
+	error[0] = 0;
+	switch (request->kind) {
+	case ZDS_ADD:
+		return add_workload(request, error, size);
+	case ZDS_KEEP:
+		printf("{\"zds\":\"keep\",\"uid\":\"%s\"}\n", request->uid);
+		if (snapshot_received)
+			out_of_order("Keep after the snapshot");
+		at = find_workload(request->uid);
+		if (*at)
+			(*at)->in_snapshot = true;
+		return;
+	case ZDS_DELETE:
+		printf("{\"zds\":\"delete\",\"uid\":\"%s\"}\n", request->uid);
+		if (!snapshot_received)
+			out_of_order("Del before the snapshot's end");
+		at = find_workload(request->uid);
+		if (*at)
+			drop_workload(at);
+		return;
+	case ZDS_SNAPSHOT_SENT:
+		if (snapshot_received)
+			out_of_order("a second snapshot");
+		snapshot_received = true;
+		for (at = &workloads; *at;) {
+			if (!(*at)->in_snapshot) {
+				drop_workload(at);
+				continue;
+			}
+			count++;
+			at = &(*at)->next;
+		}
+		printf("{\"zds\":\"snapshot\",\"workloads\":%d}\n", count);
+		return;
+	}
+	zds_malformed("kind");
+}
+
+static void answer_zds(const char *error)
+{
+	static const uint8_t garbage[] = {1, 2, 3}, oversized[5000];
+	const char *how = workloads && options.misbehave ? options.misbehave : "";
+
+	if (options.late_ms)
+		usleep(options.late_ms * 1000);
+	if (!strcmp(how, "mute"))
+		return;
+	if (!strcmp(how, "garbage"))
+		send(zds->fd, garbage, sizeof(garbage), MSG_NOSIGNAL);
+	else if (!strcmp(how, "oversized"))
+		send(zds->fd, oversized, sizeof(oversized), MSG_NOSIGNAL);
+	else if (!strcmp(how, "fd"))
+		zds_answer_with_fd(zds->fd);
+	else
+		zds_answer(zds->fd, error);
+	if (!strcmp(how, "twice"))
+		zds_answer(zds->fd, error);
+}
+
+static void zds_disconnect(void)
+{
+	if (!zds)
+		return;
+	end_one(zds);
+	zds = NULL;
+	puts("{\"zds\":\"disconnected\"}");
+}
+
+static void zds_turn(void)
+{
+	static int received;
+	struct zds_request request;
+	char error[100];
+	int got;
+
+	if (!zds)
+		return;
+	got = zds_receive(zds->fd, &request);
+	if (got < 0 && errno == EAGAIN)
+		return;
+	if (got <= 0) {
+		zds_disconnect();
+		connect_at = now_ms();
+		return;
+	}
+	if (++received == options.die_after)
+		kill(getpid(), SIGKILL);
+	obey(&request, error, sizeof(error));
+	answer_zds(error);
+}
+
+static void zds_try_connect(void)
+{
+	int fd = zds_connect(options.path);
+
+	if (fd < 0) {
+		backoff_ms = backoff_ms < BACKOFF_MAX_MS / 2 ? 2 * backoff_ms : BACKOFF_MAX_MS;
+		connect_at = now_ms() + backoff_ms;
+		return;
+	}
+	backoff_ms = 10;
+	connect_at = 0;
+	snapshot_received = false;
+	for (struct workload **at = &workloads; *at;) {
+		(*at)->in_snapshot = false;
+		if ((*at)->serves)
+			at = &(*at)->next;
+		else
+			drop_workload(at);
+	}
+	zds = half_of(fd, ZDS);
+	watch(zds, EPOLLIN);
+	puts("{\"zds\":\"connected\"}");
+}
+
+static void retry_workloads(void)
+{
+	char error[100];
+
+	retry_at = 0;
+	for (struct workload *workload = workloads; workload; workload = workload->next) {
+		if (!workload->serves)
+			serve_workload(workload, error, sizeof(error));
+		if (workload->serves)
+			continue;
+		printf("{\"zds\":\"retry\",\"uid\":\"%s\",\"error\":\"%s\"}\n", workload->uid, error);
+	}
+}
+
+static void drain(void)
+{
+	zds_disconnect();
+	connect_at = retry_at = 0;
+	while (workloads)
+		drop_workload(&workloads);
+	drained_at = now_ms() + DRAIN_MS;
+	puts("{\"draining\":true}");
+}
+
+static bool is_due(long *at)
+{
+	if (!*at || now_ms() < *at)
+		return false;
+	*at = 0;
+	return true;
+}
+
+static int wait_ms(void)
+{
+	long times[] = {connect_at, retry_at, drained_at}, first = 0, left;
+
+	for (int i = 0; i < 3; i++) {
+		if (times[i] && (!first || times[i] < first))
+			first = times[i];
+	}
+	left = first - now_ms();
+	return !first ? -1 : left > 0 ? left : 0;
 }
 
 static void on_signal(int signal)
@@ -341,17 +668,34 @@ static void print_counts(void)
 
 int main(int argc, char **argv)
 {
+	static struct workload here = {.netns = -1};
 	struct sigaction action = {.sa_handler = on_signal};
 	sigset_t none, handled;
 
 	prepare_process();
 	for (int i = 1; i < argc; i++) {
-		if (!strcmp(argv[i], "--sidecar"))
+		const char *name = argv[i];
+
+		if (!strcmp(name, "--sidecar"))
 			sidecar = true;
-		else if (!strcmp(argv[i], "--brief"))
+		else if (!strcmp(name, "--brief"))
 			brief = true;
+		else if (++i >= argc)
+			misuse(name);
+		else if (!strcmp(name, "--zds"))
+			options.path = argv[i];
+		else if (!strcmp(name, "--retry"))
+			options.retry_ms = atol(argv[i]);
+		else if (!strcmp(name, "--nack"))
+			options.nack = argv[i];
+		else if (!strcmp(name, "--late"))
+			options.late_ms = atol(argv[i]);
+		else if (!strcmp(name, "--misbehave"))
+			options.misbehave = argv[i];
+		else if (!strcmp(name, "--die-after"))
+			options.die_after = atol(argv[i]);
 		else
-			misuse(argv[i]);
+			misuse(name);
 	}
 	sigaction(SIGUSR1, &action, NULL);
 	sigaction(SIGTERM, &action, NULL);
@@ -362,23 +706,26 @@ int main(int argc, char **argv)
 	sigaddset(&handled, SIGTERM);
 	sigprocmask(SIG_BLOCK, &handled, NULL);
 	epoll = epoll_create1(EPOLL_CLOEXEC);
-	listen_on("[::]:15001", SOCK_STREAM);
-	listen_on("[::]:15006", SOCK_STREAM);
-	if (!sidecar)
-		listen_on("[::]:15008", SOCK_STREAM);
-	for (int type = SOCK_STREAM; type <= SOCK_DGRAM; type++) {
-		listen_on("127.0.0.1:15053", type);
-		listen_on("[::1]:15053", type);
+	if (options.path) {
+		connect_at = now_ms();
+		backoff_ms = 10;
+	} else {
+		const char *failed = open_listeners(&here);
+
+		if (failed)
+			or_exit(-1, failed);
 	}
 	puts("{\"ready\":true}");
-	while (!ending) {
+	while (!ending || drained_at) {
 		struct epoll_event events[TURN_EVENTS];
-		int got = epoll_pwait(epoll, events, TURN_EVENTS, -1, &none);
+		int got = epoll_pwait(epoll, events, TURN_EVENTS, wait_ms(), &none);
 
 		for (int i = 0; i < got; i++) {
 			struct half *half = events[i].data.ptr;
 
-			if (half->listens && half->datagrams)
+			if (half->port == ZDS)
+				zds_turn();
+			else if (half->listens && half->datagrams)
 				answer_datagrams(half);
 			else if (half->listens)
 				accept_all(half);
@@ -387,10 +734,22 @@ int main(int argc, char **argv)
 			else
 				turn(half, events[i].events);
 		}
-		while (ended_count > 0)
-			free(ended[--ended_count]);
+		while (ended) {
+			struct half *half = ended;
+
+			ended = half->other;
+			free(half);
+		}
 		if (asked)
 			print_counts();
+		if (ending && options.path && !drained_at)
+			drain();
+		if (is_due(&drained_at) || (drained_at && accepted == closed))
+			break;
+		if (is_due(&connect_at))
+			zds_try_connect();
+		if (is_due(&retry_at))
+			retry_workloads();
 	}
 	print_counts();
 	return 0;

@@ -3,10 +3,7 @@ import {setTimeout as sleep} from 'node:timers/promises';
 import type {ExecutionContext} from 'ava';
 import {hasErrno} from '../../src/errors.js';
 import {native} from '../../src/native.js';
-
-const AF_UNIX = 1;
-const SOCK_SEQPACKET = 5;
-const SOCK_NONBLOCK = 0o4000;
+import {connectSeqpacket} from '../native/helpers.js';
 
 /** A length-delimited field; everything here is shorter than 128 bytes. */
 const field = (number: number, content: string) => Buffer.of(number << 3 | 2, content.length / 2).toString('hex') + content;
@@ -29,14 +26,10 @@ export class Peer {
 	}
 
 	static connect(t: ExecutionContext, path: string): Peer {
-		const netns = native.openNetns('/proc/self/ns/net');
-		const fd = netns.socket(AF_UNIX, SOCK_SEQPACKET | SOCK_NONBLOCK, 0);
-		netns.close();
-		const peer = new Peer(fd);
+		const peer = new Peer(connectSeqpacket(path));
 		t.teardown(() => {
 			peer.close();
 		});
-		native.connect(fd, Buffer.concat([Buffer.of(AF_UNIX, 0), Buffer.from(path), Buffer.of(0)]));
 		return peer;
 	}
 
