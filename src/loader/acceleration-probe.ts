@@ -386,7 +386,7 @@ function fill(fd: number, limit: number, piece: number): number {
 function fillUp(fd: number): number {
 	let sent = 0;
 	do {
-		sent += fill(fd, 1 << 30, 4096);
+		sent += fill(fd, 1 << 30, 65_536);
 	} while (native.poll(fd, POLLOUT, QUIET_MS) !== 0);
 	return sent;
 }
