@@ -107,16 +107,14 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 
 		log(`metrics at port ${served.port}`);
 
+		const reconciler = new Reconciler(datapath, options);
 		if (!('file' in pods)) {
-			const {podInfo} = datapath.maps;
-			const former = new Map(podInfo.entries().map(([, {name, netnsDevice, netnsInode}]) => [name, {device: netnsDevice, inode: netnsInode}]));
-			node = new KubernetesNode(pods, options.proc, name => former.get(name), log);
+			node = new KubernetesNode(pods, options.proc, name => reconciler.formerOf(name), log);
 			node.registerMetrics(metrics.registry);
 		}
 
 		const specs = () => (file ?? node)!.specs;
 		const report = new Report(log);
-		const reconciler = new Reconciler(datapath, options);
 		const control = new ControlLoop(reconciler, {
 			specs,
 			resyncMs: options.resyncMs,

@@ -48,8 +48,24 @@ export class Datapath {
 		return podLinks(this.layout.current);
 	}
 
+	/** Whether the pod's link does something: one that was detached, as by an agent that died in {@link unsteer}, stays pinned. */
+	isSteered(cookie: NetnsCookie): boolean {
+		const pin = this.layout.podLink(cookie);
+		if (!existsSync(pin)) {
+			return false;
+		}
+
+		const link = native.openPinnedLink(pin);
+		try {
+			return link.info().targetId !== 0n;
+		} finally {
+			link.close();
+		}
+	}
+
 	/** From now on what comes to the namespace is decided by the program `inbound`. */
 	steer(cookie: NetnsCookie, netns: NetNs): void {
+		removePin(this.layout.podLink(cookie), () => {});
 		const link = this.programs.get('inbound')!.attachNetns(netns.fd, BPF_SK_LOOKUP);
 		try {
 			mkdirSync(path.join(this.layout.current, 'pods'), {recursive: true, mode: 0o700});

@@ -32,7 +32,7 @@ export class Locator {
 
 	/**
 	@param proc - the host's /proc.
-	@param former - where a pod of this name was when its capture began, as the kernel's maps remember: for a pod that has no process now.
+	@param former - where a pod of this name is captured, as the kernel's maps remember: for a pod that has no process now.
 	*/
 	constructor(readonly proc: string, readonly former: (name: string) => NetnsIdentity | undefined) {}
 

@@ -1,6 +1,7 @@
 /**
 The pods of this node as Kubernetes has them, and what is to be captured of each.
 */
+import {isDeepStrictEqual} from 'node:util';
 import {InputError, reasonOf} from '../errors.js';
 import type {PodSpec, Wish} from '../config/pods-file.js';
 import type {KubernetesClient} from '../kubernetes/client.js';
@@ -24,9 +25,11 @@ export interface NodePodsOptions {
 /** A pod that the CNI call tells of is often not in the cache yet. One that is not there after so long, with a server that answers, was deleted meanwhile. */
 const CALLED_MS = 60_000;
 
-/** A pod that the CNI call told of. */
+/** A pod that the CNI call told of before the watch did. */
 interface CalledPod {
 	readonly pod: PodObject;
+	/** What the cache had under its name then: a pod that is no more, or none. */
+	readonly formerUid: string | undefined;
 	readonly at: number;
 	readonly namespaceLabels: Readonly<Record<string, string>>;
 }
@@ -37,8 +40,8 @@ export class NodePods {
 	readonly #namespaces: Reflector<NamespaceObject>;
 	readonly #specs = new Map<string, PodSpec>();
 	readonly #called = new Map<string, CalledPod>();
-	/** What the CNI call said: a pod's status has no addresses then. */
-	readonly #calledIps = new Map<string, readonly string[]>();
+	/** What the CNI call said, by uid: the pod's status has no addresses then, or those of a sandbox that is gone. */
+	readonly #calledIps = new Map<string, {readonly ips: readonly string[]; readonly outdated: readonly string[]}>();
 	#onChange: (names: ReadonlySet<string>) => void = () => {};
 
 	constructor(options: NodePodsOptions) {
@@ -86,7 +89,9 @@ export class NodePods {
 
 	/** @param name - namespace/name. */
 	pod(name: string): PodObject | undefined {
-		return this.#pods.items.get(name) ?? this.#called.get(name)?.pod;
+		const cached = this.#pods.items.get(name);
+		const called = this.#called.get(name);
+		return called && (!cached || cached.uid === called.formerUid) ? called.pod : cached;
 	}
 
 	/**
@@ -96,7 +101,8 @@ export class NodePods {
 	@throws KubernetesError; InputError when Kubernetes does not know the pod; PodError for its namespace.
 	*/
 	async call({name, uid, ips, netns}: {readonly name: string; readonly uid: string; readonly ips: readonly string[]; readonly netns: string}, signal: AbortSignal): Promise<{readonly pod: PodObject; readonly wish: Wish}> {
-		let pod = this.#pods.items.get(name);
+		const cached = this.#pods.items.get(name);
+		let pod = cached;
 		if (!pod || (uid !== '' && pod.uid !== uid)) {
 			const [namespace, podName] = name.split('/') as [string, string];
 			pod = readPod(await this.#options.client.get(`/api/v1/namespaces/${encodeURIComponent(namespace)}/pods/${encodeURIComponent(podName)}`, {signal}));
@@ -110,24 +116,29 @@ export class NodePods {
 		const wish = this.#wishFor(pod, namespaceLabels);
 		if ('capture' in wish) {
 			this.#options.locator.learn(name, pod.uid, netns);
-			this.#calledIps.set(pod.uid, ips);
-			this.#called.set(name, {pod, at: performance.now(), namespaceLabels});
+			this.#calledIps.set(pod.uid, {ips, outdated: pod.podIPs});
+			if (pod.uid !== cached?.uid) {
+				this.#called.set(name, {pod, formerUid: cached?.uid, at: performance.now(), namespaceLabels});
+			}
 		}
 
 		this.#update([name]);
 		return {pod, wish};
 	}
 
-	/** The sandbox is gone. */
+	/** The sandbox is gone, and the pod perhaps before it. */
 	forget(name: string, uid: string): void {
-		const pod = this.pod(name);
-		if (!pod || (uid !== '' && pod.uid !== uid)) {
+		const gone = uid === '' ? this.pod(name)?.uid : uid;
+		if (gone === undefined) {
 			return;
 		}
 
-		this.#calledIps.delete(pod.uid);
-		this.#called.delete(name);
-		this.#options.locator.forget(pod.uid);
+		if (this.#called.get(name)?.pod.uid === gone) {
+			this.#called.delete(name);
+		}
+
+		this.#calledIps.delete(gone);
+		this.#options.locator.forget(gone);
 		this.#update([name]);
 	}
 
@@ -169,7 +180,8 @@ export class NodePods {
 	#specOf(name: string, pod: PodObject): PodSpec {
 		const labels = this.#namespaces.items.get(pod.namespace)?.labels ?? this.#called.get(name)?.namespaceLabels;
 		const wish: Wish = labels === undefined ? {waiting: `its namespace ${pod.namespace} is not known yet`} : this.#wishFor(pod, labels);
-		const status = pod.podIPs.length > 0 ? pod.podIPs : this.#calledIps.get(pod.uid) ?? [];
+		const called = this.#calledIps.get(pod.uid);
+		const status = called && (pod.podIPs.length === 0 || isDeepStrictEqual(pod.podIPs, called.outdated)) ? called.ips : pod.podIPs;
 		if (!('capture' in wish)) {
 			return {name, wish};
 		}

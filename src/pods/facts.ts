@@ -2,6 +2,7 @@
 Reads what is true of a pod's network namespace now.
 */
 import {existsSync, readdirSync, statSync} from 'node:fs';
+import {isIPv4} from 'node:net';
 import path from 'node:path';
 import type {PodSpec} from '../config/pods-file.js';
 import {PodError, hasErrno, reasonOf} from '../errors.js';
@@ -70,14 +71,20 @@ export function openPod(spec: PodSpec, capture: Capture, proc: string): OpenedPo
 function readFacts(spec: PodSpec, capture: Capture, netns: NetNs): PodFacts {
 	const routes = netns.routes();
 	const cidr = ({address, prefixLength}: {readonly address: Uint8Array; readonly prefixLength: number}) => ({address: addressFromBytes(address), bits: prefixLength});
+	const addresses = netns.addresses()
+		.filter(({scope, isLoopback, isUp}) => scope === SCOPE_GLOBAL && !isLoopback && isUp)
+		.map(({address}) => addressFromBytes(address));
+	const localRoutes = routes.filter(({table}) => table === TABLE_LOCAL).map(route => ({...cidr(route), isUnicast: route.type === RTN_LOCAL}));
 	return {
 		cookie: netns.cookie(),
 		device: netns.device,
 		inode: netns.inode,
-		addresses: netns.addresses()
-			.filter(({scope, isLoopback, isUp}) => scope === SCOPE_GLOBAL && !isLoopback && isUp)
-			.map(({address}) => addressFromBytes(address)),
-		localRoutes: routes.filter(({table}) => table === TABLE_LOCAL).map(route => ({...cidr(route), isUnicast: route.type === RTN_LOCAL})),
+		addresses,
+		// An IPv6 address has its route a moment after it is there (addrconf_dad_work).
+		localRoutes: [
+			...localRoutes,
+			...addresses.filter(own => !localRoutes.some(({address}) => address === own)).map(address => ({address, bits: isIPv4(address) ? 32 : 128, isUnicast: true})),
+		],
 		// Of several with one prefix the kernel takes the one with the least metric, and whoever reads this the last.
 		routes: routes.filter(({table}) => table === TABLE_MAIN || table === TABLE_DEFAULT)
 			.sort((a, b) => b.metric - a.metric)

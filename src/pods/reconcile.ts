@@ -62,6 +62,12 @@ export class Reconciler {
 		return this.#failures.has(name) ? undefined : this.#known.get(name)?.file;
 	}
 
+	/** Where the kernel has a pod of this name captured, as of the last round. */
+	formerOf(name: string): NetnsIdentity | undefined {
+		const info = [...this.#kernel?.infos.values() ?? []].find(info => info.name === name);
+		return info && {device: info.netnsDevice, inode: info.netnsInode};
+	}
+
 	/**
 	@param specs - all pods there should be, by name. The kernel's entries of other names go.
 	@param due - those that are looked at now; of the others, what is known of them holds, and of those never looked at, what the kernel has.
@@ -172,8 +178,7 @@ class Turn {
 		const owners = kernel.owners(keep);
 		const divided = this.#divideAddresses(new Map([...owners].map(([id, cookie]) => [id, kernel.infos.get(cookie)?.name ?? ''])));
 
-		const steered = new Set(this.datapath.steeredPods());
-		for (const cookie of steered) {
+		for (const cookie of this.datapath.steeredPods()) {
 			// Before its entries go: a link without them refuses everything.
 			if (((own.get(cookie)?.pod.flags ?? 0) & POD_INBOUND) === 0 && !keep.has(cookie)) {
 				this.datapath.unsteer(cookie);
@@ -195,7 +200,7 @@ class Turn {
 			const pod = opened.get(name);
 			if (pod && !failures.has(name)) {
 				const was = before.get(policy.cookie);
-				this.#finish(policy, pod, {isNew: !was, isSteered: steered.has(policy.cookie), losesSources: ((was?.flags ?? 0) & ~policy.pod.flags & POD_KEEP_SOURCE) !== 0});
+				this.#finish(policy, pod, {isNew: !was, losesSources: ((was?.flags ?? 0) & ~policy.pod.flags & POD_KEEP_SOURCE) !== 0});
 			}
 		}
 
@@ -217,7 +222,8 @@ class Turn {
 	/** The kernel's entries for a pod of which nothing is known stay while its namespace lives; not to be able to look is no reason to take them away. */
 	#isKept(cookie: NetnsCookie, {name, netnsDevice, netnsInode}: PodInfo, opened: ReadonlyMap<string, OpenedPod>): boolean {
 		const spec = this.specs.get(name);
-		if (!spec || this.known.has(name) || 'leave' in spec.wish) {
+		// Without its own entry, as an agent left it that died in the middle, nothing is in force.
+		if (!spec || this.known.has(name) || 'leave' in spec.wish || !this.kernel.pods.has(cookie)) {
 			return false;
 		}
 
@@ -300,7 +306,7 @@ class Turn {
 	}
 
 	/** What the maps cannot do: the namespace's own settings, listeners that were there first, the link. */
-	#finish(policy: PodPolicy, {netns}: OpenedPod, {isNew, isSteered, losesSources}: {readonly isNew: boolean; readonly isSteered: boolean; readonly losesSources: boolean}): void {
+	#finish(policy: PodPolicy, {netns}: OpenedPod, {isNew, losesSources}: {readonly isNew: boolean; readonly losesSources: boolean}): void {
 		const {name} = policy.info;
 		const {datapath, options} = this;
 		try {
@@ -317,7 +323,7 @@ class Turn {
 
 			if (policy.pod.flags & POD_INBOUND) {
 				netns.runIterator(datapath.programs.get('find_listeners')!);
-				if (!isSteered) {
+				if (!datapath.isSteered(policy.cookie)) {
 					datapath.steer(policy.cookie, netns);
 				}
 			}

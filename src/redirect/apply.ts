@@ -68,17 +68,18 @@ function applyStep(maps: Maps, step: Step, zero: Zero, nowMs: number): () => voi
 		}
 
 		case 'put counters': {
-			maps.counters.set(step.cookie, zero.counters);
+			// Where there are counters, traffic is or was: so whoever dies in between leaves what the next one mends.
+			maps.traffic.set(step.cookie, zero.traffic);
 			try {
-				maps.traffic.set(step.cookie, zero.traffic);
+				maps.counters.set(step.cookie, zero.counters);
 			} catch (error) {
-				maps.counters.delete(step.cookie);
+				maps.traffic.delete(step.cookie);
 				throw error;
 			}
 
 			return () => {
-				maps.counters.delete(step.cookie);
 				maps.traffic.delete(step.cookie);
+				maps.counters.delete(step.cookie);
 			};
 		}
 
@@ -102,11 +103,11 @@ function applyStep(maps: Maps, step: Step, zero: Zero, nowMs: number): () => voi
 		}
 
 		case 'delete counters': {
-			maps.counters.delete(step.cookie);
 			maps.traffic.delete(step.cookie);
+			maps.counters.delete(step.cookie);
 			return () => {
-				maps.counters.set(step.cookie, zero.counters);
 				maps.traffic.set(step.cookie, zero.traffic);
+				maps.counters.set(step.cookie, zero.counters);
 			};
 		}
 

@@ -97,6 +97,11 @@ export class KernelIndex {
 		return new Map([...cookies].flatMap(cookie => [...this.addressesOf(cookie).keys()].map(id => [id, cookie] as const)));
 	}
 
+	/** Whoever has an address. */
+	addressed(): readonly NetnsCookie[] {
+		return [...this.#addresses].filter(([, addresses]) => addresses.size > 0).map(([cookie]) => cookie);
+	}
+
 	policies(): readonly number[] {
 		return [...this.#lists.keys()];
 	}
@@ -201,7 +206,7 @@ after the one that makes them unused.
 */
 export function plan(kernel: KernelIndex, due: readonly PodPolicy[], keep: ReadonlySet<NetnsCookie> = new Set()): readonly Change[] {
 	const wanted = new Set(due.map(({cookie}) => cookie));
-	const removals = [...new Set([...kernel.pods.keys(), ...kernel.infos.keys(), ...kernel.counters])]
+	const removals = [...new Set([...kernel.pods.keys(), ...kernel.infos.keys(), ...kernel.counters, ...kernel.addressed()])]
 		.filter(cookie => !wanted.has(cookie) && !keep.has(cookie))
 		.map(cookie => remove(kernel, cookie));
 	const changes = due.map(policy => enrol(kernel, policy));
