@@ -31,7 +31,7 @@ export class ContainerHost {
 		this.#writeConfiguration(cniVersion);
 		this.installer = new CniInstaller({binary: BUILT_PLUGIN, binDir: this.path('bin'), confDir: this.path('net.d'), socketPath: this.socketPath, timeoutSeconds, log: () => undefined});
 		this.installer.install();
-		world.onEnd(async () => removeCgroups(world));
+		world.onEnd(async () => removeContainerCgroups(world));
 		this.#holder = world.node.start(['unshare', '--mount', '--pid', '--fork', '--kill-child', '--mount-proc', 'sh', '-c', 'for directory in /run /var/lib /dev/shm; do mount -t tmpfs none $directory || exit; done; echo ready && exec cat']);
 	}
 
@@ -108,7 +108,7 @@ graphroot = "${this.path('graphroot')}"
 }
 
 /** runc makes them in every hierarchy; the one that the world made goes with the world. What a killed test run left goes as well. */
-async function removeCgroups(world: World): Promise<void> {
+export async function removeContainerCgroups(world: World): Promise<void> {
 	const isGone = (id: string) => {
 		const pid = /^sst-(\d+)-/.exec(id)?.[1];
 		return pid !== undefined && !existsSync(`/proc/${pid}`);
