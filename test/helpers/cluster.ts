@@ -32,6 +32,8 @@ export interface ClusterPod {
 }
 
 export class Cluster {
+	/** A command that runs the agent's. */
+	enter: readonly string[] = [];
 	#containers = 0;
 
 	private constructor(readonly world: World, readonly api: FakeApiServer) {}
@@ -78,7 +80,7 @@ export class Cluster {
 	startAgent(extra: readonly string[] = []): Agent {
 		const {world} = this;
 		const rest = extra.filter(word => word !== '--cni');
-		const running = Running.start(world.program('in'), ['--cgroup', world.cgroup, '--', process.execPath, CLI, ...this.arguments(rest.length < extra.length ? rest : [...rest, '--no-cni'])]);
+		const running = Running.start(world.program('in'), ['--cgroup', world.cgroup, '--', ...this.enter, process.execPath, CLI, ...this.arguments(rest.length < extra.length ? rest : [...rest, '--no-cni'])]);
 		world.onEnd(async () => {
 			await running.stop('SIGKILL');
 		});
