@@ -78,13 +78,19 @@ export class Locator {
 	*/
 	find(pod: LocatedPod): string {
 		const [uid] = pod.uids;
-		if (this.knows(uid!)) {
-			return this.#known.get(uid!)!.path;
+		const known = this.#known.get(uid!);
+		// A process may stay behind in the namespace of a sandbox that is gone.
+		if (known && isThere(known, pod.ips)) {
+			return known.path;
+		}
+
+		const pids = pod.uids.flatMap(id => this.#podProcesses().get(id) ?? []);
+		const file = this.#firstOf(pids, pod.ips) ?? this.#former(pod);
+		if (!file && this.knows(uid!)) {
+			return known!.path;
 		}
 
 		this.#known.delete(uid!);
-		const pids = pod.uids.flatMap(id => this.#podProcesses().get(id) ?? []);
-		const file = this.#firstOf(pids, pod.ips) ?? this.#former(pod);
 		if (!file) {
 			throw new PodError(pod.name, pids.length === 0
 				? `no process of it is found below ${this.proc}: it is not started yet, or its cgroup does not have its uid ${uid}`
@@ -126,14 +132,7 @@ export class Locator {
 	#former({name, ips}: LocatedPod): NetnsFile | undefined {
 		const identity = this.former(name);
 		const found = identity && scanNetns(this.proc).files(identity).map(file => ({path: file, ...identity}));
-		return found?.find(file => {
-			const netns = reopenNetns(file);
-			try {
-				return netns !== undefined && hasAddresses(netns, ips);
-			} finally {
-				netns?.close();
-			}
-		});
+		return found?.find(file => isThere(file, ips));
 	}
 
 	#podProcesses(): ReadonlyMap<string, readonly string[]> {
@@ -173,6 +172,16 @@ export function podProcesses(proc: string): ReadonlyMap<string, readonly string[
 /** @param cgroups - /proc/PID/cgroup: lines of all hierarchies. */
 export function podUidOf(cgroups: string): string | undefined {
 	return POD_CGROUP.exec(cgroups)?.[1]!.replaceAll('_', '-');
+}
+
+/** It is the same namespace still, and has the addresses. */
+function isThere(file: NetnsFile, ips: readonly string[]): boolean {
+	const netns = reopenNetns(file);
+	try {
+		return netns !== undefined && hasAddresses(netns, ips);
+	} finally {
+		netns?.close();
+	}
 }
 
 function hasAddresses(netns: NetNs, ips: readonly string[]): boolean {

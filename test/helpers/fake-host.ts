@@ -2,7 +2,8 @@
 A host as its /proc shows it to the agent: processes with cgroups, start times and network namespaces, and no process behind any of them. The namespaces are real, and few: each is one
 pod's after another's.
 */
-import {mkdirSync, mkdtempSync, rmSync, symlinkSync, unlinkSync, writeFileSync} from 'node:fs';
+import {existsSync, mkdirSync, mkdtempSync, rmSync, rmdirSync, symlinkSync, unlinkSync, writeFileSync} from 'node:fs';
+import {tmpdir} from 'node:os';
 import path from 'node:path';
 import {addressToBytes, isIpv4Address} from '../../src/maps/address.js';
 import {KEPT_SOURCE_MARK, KEPT_SOURCE_MASK} from '../../src/maps/schema.js';
@@ -58,8 +59,9 @@ export class FakeHost {
 	#ticks = 1000;
 	#names = 0;
 
-	private constructor(directory: string, readonly id: string, readonly spaces: readonly Space[]) {
-		this.proc = mkdtempSync(path.join(directory, 'proc-'));
+	private constructor(readonly id: string, readonly spaces: readonly Space[]) {
+		// In memory, where there is such a place: as /proc is.
+		this.proc = mkdtempSync(path.join(existsSync('/dev/shm') ? '/dev/shm' : tmpdir(), `${id}-proc-`));
 		this.#free = [...spaces];
 		mkdirSync(path.join(this.proc, '1/ns'), {recursive: true});
 		symlinkSync('/proc/1/ns/net', path.join(this.proc, '1/ns/net'));
@@ -67,7 +69,7 @@ export class FakeHost {
 	}
 
 	/** @param id - begins the names below /run/netns. */
-	static create(t: {teardown(clean: () => void): void}, directory: string, id: string, count: number): FakeHost {
+	static create(t: {teardown(clean: () => void): void}, id: string, count: number): FakeHost {
 		const spaces: Space[] = [];
 		const names = Array.from({length: count}, (_, index) => path.join(NETNS_DIRECTORY, `${id}-${index}`));
 		let host: FakeHost | undefined;
@@ -104,7 +106,7 @@ export class FakeHost {
 			space.netns.setUp('eth0');
 		}
 
-		host = new FakeHost(directory, id, spaces);
+		host = new FakeHost(id, spaces);
 		for (const space of spaces) {
 			host.setAddresses(space, space.home);
 		}
@@ -162,7 +164,13 @@ export class FakeHost {
 	end({pid, space}: HostProcess): void {
 		this.#last.set(pid, space);
 		this.processes.delete(pid);
-		rmSync(path.join(this.proc, String(pid)), {recursive: true});
+		const directory = path.join(this.proc, String(pid));
+		for (const file of ['cgroup', 'stat', 'ns/net']) {
+			unlinkSync(path.join(directory, file));
+		}
+
+		rmdirSync(path.join(directory, 'ns'));
+		rmdirSync(directory);
 	}
 
 	/** As a container runtime keeps a sandbox's namespace. @returns its path. */
@@ -192,8 +200,8 @@ export class FakeHost {
 		]);
 	}
 
-	/** Makes it as a new one, with its own addresses. */
-	reset(space: Space): void {
+	/** Takes back all that an agent may have changed in it. */
+	clear(space: Space): void {
 		const {netns} = space;
 		const settings = this.settings(space);
 		for (const family of [4, 6] as const) {
@@ -213,8 +221,6 @@ export class FakeHost {
 		if (settings.has('::6')) {
 			netns.changeAddress('delete', addressOn('::6', 'lo'));
 		}
-
-		this.setAddresses(space, space.home);
 	}
 }
 

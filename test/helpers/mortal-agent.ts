@@ -99,16 +99,15 @@ export class MortalAgent {
 		this.#lock = takeWriterLock(new PinLayout(bpffs, opened.schema.layoutVersion));
 		this.#datapath = load(this.#lock, {cgroup}).datapath;
 		this.#guard();
-		const former = new Map(this.#datapath.maps.podInfo.entries().map(([, {name, netnsDevice, netnsInode}]) => [name, {device: netnsDevice, inode: netnsInode}]));
+		const reconciler: Reconciler = new Reconciler(this.#datapath, {proc, resetOlder: false});
 		this.#client = new KubernetesClient({server, log, timing: {gapMs: 4, maxBackoffMs: 30}});
 		this.pods = new NodePods({
 			client: this.#client, node, log,
 			defaults: ISTIO_DEFAULTS,
 			excludeNamespaces: new Set(excludeNamespaces),
-			locator: new Locator(proc, name => former.get(name)),
+			locator: new Locator(proc, name => reconciler.formerOf(name)),
 			timing: {steadyMs: 20, pageSize: 10},
 		});
-		const reconciler = new Reconciler(this.#datapath, {proc, resetOlder: false});
 		this.#loop = new ControlLoop(reconciler, {
 			specs: () => this.pods.specs,
 			resyncMs,

@@ -101,17 +101,21 @@ export function ipsOf(pod: PodFacts, told: Told | undefined): readonly string[] 
 	return told?.uid === pod.uid && pod.ips.join() === told.statusIps ? told.ips : pod.ips;
 }
 
-/** The namespace that the runtime named, or that the pod's oldest process with the pod's addresses lives in. */
-export function spaceOf(pod: PodFacts, ips: readonly string[], told: Told | undefined, host: FakeHost): Space | undefined {
+/**
+The namespace that the runtime named, or that the pod's oldest process with the pod's addresses lives in; for a pod without any such process, the one that it is captured in,
+while that lives and has the pod's addresses.
+*/
+export function spaceOf(pod: PodFacts, ips: readonly string[], told: Told | undefined, before: Space | undefined, host: FakeHost): Space | undefined {
 	const hasAll = (space: Space) => ips.every(ip => space.addresses.has(ip));
 	if (told?.uid === pod.uid && host.files.get(told.file) === told.space && hasAll(told.space)) {
 		return told.space;
 	}
 
 	const uids = [pod.uid, pod.annotations[STATIC_HASH]];
-	return [...host.processes.values()]
+	const [oldest] = [...host.processes.values()]
 		.filter(({uid, space}) => uids.includes(uid) && space !== undefined && hasAll(space))
-		.sort((a, b) => a.startedAt - b.startedAt)[0]?.space;
+		.sort((a, b) => a.startedAt - b.startedAt);
+	return oldest?.space ?? (before && host.isAlive(before) && hasAll(before) ? before : undefined);
 }
 
 export interface Facts {
@@ -130,7 +134,7 @@ export function lookAt({name, pod, namespaceLabels, told}: Facts, before: Entry 
 	}
 
 	const ips = ipsOf(pod!, told);
-	const space = wanted === 'as before' || ips.length === 0 ? undefined : spaceOf(pod!, ips, told, host);
+	const space = wanted === 'as before' || ips.length === 0 ? undefined : spaceOf(pod!, ips, told, before?.space, host);
 	if (space) {
 		return {space, ...wanted as Capture, ips, addresses: [...space.addresses]};
 	}
