@@ -31,14 +31,20 @@ interface CalledPod {
 	readonly namespaceLabels: Readonly<Record<string, string>>;
 }
 
+/** What the CNI call said, until the sandbox ends: a pod's status has no addresses yet, or still those of the sandbox before. */
+interface Sandbox {
+	readonly id: string;
+	readonly ips: readonly string[];
+}
+
 export class NodePods {
 	readonly #options: NodePodsOptions;
 	readonly #pods: Reflector<PodObject>;
 	readonly #namespaces: Reflector<NamespaceObject>;
 	readonly #specs = new Map<string, PodSpec>();
 	readonly #called = new Map<string, CalledPod>();
-	/** What the CNI call said: a pod's status has no addresses then. */
-	readonly #calledIps = new Map<string, readonly string[]>();
+	/** By the pod's uid. */
+	readonly #sandboxes = new Map<string, Sandbox>();
 	#onChange: (names: ReadonlySet<string>) => void = () => {};
 
 	constructor(options: NodePodsOptions) {
@@ -92,10 +98,10 @@ export class NodePods {
 	/**
 	For the CNI call: what is to be done with a pod that is being started, and is perhaps not in the cache.
 
-	@param call - `uid` may be empty. `ips` and `netns` hold from now on.
+	@param call - `uid` may be empty. `ips` and `netns` hold until this `sandbox` is forgotten.
 	@throws KubernetesError; InputError when Kubernetes does not know the pod; PodError for its namespace.
 	*/
-	async call({name, uid, ips, netns}: {readonly name: string; readonly uid: string; readonly ips: readonly string[]; readonly netns: string}, signal: AbortSignal): Promise<{readonly pod: PodObject; readonly wish: Wish}> {
+	async call({name, uid, sandbox, ips, netns}: {readonly name: string; readonly uid: string; readonly sandbox: string; readonly ips: readonly string[]; readonly netns: string}, signal: AbortSignal): Promise<{readonly pod: PodObject; readonly wish: Wish}> {
 		let pod = this.#pods.items.get(name);
 		if (!pod || (uid !== '' && pod.uid !== uid)) {
 			const [namespace, podName] = name.split('/') as [string, string];
@@ -110,7 +116,7 @@ export class NodePods {
 		const wish = this.#wishFor(pod, namespaceLabels);
 		if ('capture' in wish) {
 			this.#options.locator.learn(name, pod.uid, netns);
-			this.#calledIps.set(pod.uid, ips);
+			this.#sandboxes.set(pod.uid, {id: sandbox, ips});
 			this.#called.set(name, {pod, at: performance.now(), namespaceLabels});
 		}
 
@@ -118,14 +124,14 @@ export class NodePods {
 		return {pod, wish};
 	}
 
-	/** The sandbox is gone. */
-	forget(name: string, uid: string): void {
+	/** The sandbox is gone. That of an earlier one is said again when it is cleaned up, which may be after the next was made. */
+	forget(name: string, uid: string, sandbox: string): void {
 		const pod = this.pod(name);
-		if (!pod || (uid !== '' && pod.uid !== uid)) {
+		if (!pod || (uid !== '' && pod.uid !== uid) || (this.#sandboxes.get(pod.uid)?.id ?? sandbox) !== sandbox) {
 			return;
 		}
 
-		this.#calledIps.delete(pod.uid);
+		this.#sandboxes.delete(pod.uid);
 		this.#called.delete(name);
 		this.#options.locator.forget(pod.uid);
 		this.#update([name]);
@@ -160,7 +166,7 @@ export class NodePods {
 			}
 
 			if (!isKnown && wasHeard) {
-				this.#calledIps.delete(pod.uid);
+				this.#sandboxes.delete(pod.uid);
 				this.#options.locator.forget(pod.uid);
 			}
 		}
@@ -169,16 +175,17 @@ export class NodePods {
 	#specOf(name: string, pod: PodObject): PodSpec {
 		const labels = this.#namespaces.items.get(pod.namespace)?.labels ?? this.#called.get(name)?.namespaceLabels;
 		const wish: Wish = labels === undefined ? {waiting: `its namespace ${pod.namespace} is not known yet`} : this.#wishFor(pod, labels);
-		const status = pod.podIPs.length > 0 ? pod.podIPs : this.#calledIps.get(pod.uid) ?? [];
+		const called = this.#sandboxes.get(pod.uid)?.ips ?? [];
+		const told = called.length > 0 ? called : pod.podIPs;
 		if (!('capture' in wish)) {
 			return {name, wish};
 		}
 
 		let ips: readonly string[];
 		try {
-			ips = status.map(ip => canonicalAddress(ip));
+			ips = told.map(ip => canonicalAddress(ip));
 		} catch (error) {
-			return {name, wish: {refused: new InputError(`pod ${name}: status.podIPs`, reasonOf(error))}};
+			return {name, wish: {refused: new InputError(`pod ${name}: its addresses`, reasonOf(error))}};
 		}
 
 		if (ips.length === 0) {
