@@ -43,6 +43,8 @@ export class NodePods {
 	readonly #namespaces: Reflector<NamespaceObject>;
 	readonly #specs = new Map<string, PodSpec>();
 	readonly #called = new Map<string, CalledPod>();
+	/** By name: whose spec it is. */
+	readonly #uids = new Map<string, string>();
 	/** By the pod's uid. */
 	readonly #sandboxes = new Map<string, Sandbox>();
 	#onChange: (names: ReadonlySet<string>) => void = () => {};
@@ -142,14 +144,20 @@ export class NodePods {
 			return;
 		}
 
-		const all = new Set(this.#specs.size === 0 ? [...this.#pods.items.keys(), ...names] : names);
-		this.#dropCalled();
+		const all = new Set([...this.#specs.size === 0 ? this.#pods.items.keys() : [], ...names, ...this.#dropCalled()]);
 		for (const name of all) {
 			const pod = this.pod(name);
-			const before = this.#specs.get(name);
+			const former = this.#uids.get(name);
+			if (former !== undefined && former !== pod?.uid) {
+				this.#sandboxes.delete(former);
+				this.#options.locator.forget(former);
+			}
+
 			if (pod) {
+				this.#uids.set(name, pod.uid);
 				this.#specs.set(name, this.#specOf(name, pod));
-			} else if (before) {
+			} else {
+				this.#uids.delete(name);
 				this.#specs.delete(name);
 			}
 		}
@@ -157,12 +165,15 @@ export class NodePods {
 		this.#onChange(all);
 	}
 
-	#dropCalled(): void {
+	/** @returns their names. */
+	#dropCalled(): readonly string[] {
+		const dropped: string[] = [];
 		for (const [name, {pod, at}] of this.#called) {
 			const isKnown = this.#pods.items.get(name)?.uid === pod.uid;
 			const wasHeard = (this.#pods.lastContactMs ?? 0) > at + CALLED_MS;
 			if (isKnown || wasHeard) {
 				this.#called.delete(name);
+				dropped.push(name);
 			}
 
 			if (!isKnown && wasHeard) {
@@ -170,6 +181,8 @@ export class NodePods {
 				this.#options.locator.forget(pod.uid);
 			}
 		}
+
+		return dropped;
 	}
 
 	#specOf(name: string, pod: PodObject): PodSpec {
