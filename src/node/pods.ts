@@ -92,9 +92,14 @@ export class NodePods {
 		await Promise.all([this.#pods.run(signal), this.#namespaces.run(signal)]);
 	}
 
-	/** @param name - namespace/name. */
+	/**
+	@param name - namespace/name.
+	@returns the one that a CNI call told of before one of another uid, which the watch has not heard the end of.
+	*/
 	pod(name: string): PodObject | undefined {
-		return this.#pods.items.get(name) ?? this.#called.get(name)?.pod;
+		const heard = this.#pods.items.get(name);
+		const called = this.#called.get(name)?.pod;
+		return called && called.uid !== heard?.uid ? called : heard;
 	}
 
 	/**

@@ -146,3 +146,20 @@ test('a sandbox that is replaced while the API still has the old one\'s addresse
 	await eventually('ztunnel has the new namespace', () => again.pod.must('ss', '-Hltn').includes(':15001'));
 	t.is(told(ztunnel).filter(line => line === `add ${first.uid}`).length, 2);
 });
+
+test('a pod that takes over the name of one that was deleted by force, and that the agent has not heard of: it is the one that is captured', async t => {
+	const cluster = await Cluster.create(t);
+	cluster.namespace('shop');
+	const annotations = {'sidecar.istio.io/status': '{}'};
+	const agent = await cluster.agent(['--cni']);
+	const first = await cluster.pod('shop/web-0', {annotations});
+	await agent.says(/enrol shop\/web-0/);
+	// Events stop in the middle of one; what is asked for is answered.
+	cluster.api.behave({event: 'half'});
+	cluster.api.delete('pods', first.key);
+	const second = {...first, uid: crypto.randomUUID(), pod: cluster.world.pod('second')};
+	cluster.put(second, {ips: [], phase: 'Pending', annotations});
+	const {code, stdout} = await cluster.cni('ADD', second);
+	t.is(code, 0, stdout);
+	t.deepEqual(cluster.world.json<ReadonlyArray<{ips: string}>>('pods').map(({ips}) => ips), [`${second.pod.ipv4},${second.pod.ipv6}`]);
+});
