@@ -153,11 +153,11 @@ export class Cluster {
 	}
 
 	/** The CNI plugin, as a runtime calls it for a pod whose namespace is made. */
-	async cni(command: 'ADD' | 'CHECK' | 'DEL', {key, uid, pod}: Pick<ClusterPod, 'key' | 'uid' | 'pod'>, timeoutSeconds = 60): Promise<PluginResult> {
+	async cni(command: 'ADD' | 'CHECK' | 'DEL', {key, uid, pod}: Pick<ClusterPod, 'key' | 'uid' | 'pod'>, {timeoutSeconds = 60, containerId = 'c0ffee'}: {readonly timeoutSeconds?: number; readonly containerId?: string} = {}): Promise<PluginResult> {
 		const [namespace, name] = key.split('/');
 		const ips = [[pod.ipv4, 24], [pod.ipv6, 64]].filter(([ip]) => ip).map(([ip, bits]) => ({address: `${ip}/${bits}`}));
 		return plugin(netconf(this.cniSocket, `"timeoutSeconds":${timeoutSeconds}`, JSON.stringify({cniVersion: '1.0.0', ips})), {
-			CNI_COMMAND: command, CNI_NETNS: pod.netns, CNI_ARGS: `K8S_POD_NAMESPACE=${namespace};K8S_POD_NAME=${name};K8S_POD_INFRA_CONTAINER_ID=c0ffee;K8S_POD_UID=${uid}`,
+			CNI_COMMAND: command, CNI_CONTAINERID: containerId, CNI_NETNS: pod.netns, CNI_ARGS: `K8S_POD_NAMESPACE=${namespace};K8S_POD_NAME=${name};K8S_POD_INFRA_CONTAINER_ID=${containerId};K8S_POD_UID=${uid}`,
 		});
 	}
 
