@@ -92,7 +92,7 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 		server = served.server;
 		requireWorkingCapture();
 		const {maxPods} = options;
-		const loaded = load(lock, {cgroup, maxEntries: {pods: maxPods, pod_info: maxPods, counters: maxPods}, ...options.build});
+		const loaded = load(lock, {cgroup, maxEntries: {pods: maxPods, pod_info: maxPods, counters: maxPods, traffic: maxPods}, ...options.build});
 		datapath = loaded.datapath;
 		const wish = options.acceleration ?? wishNow(datapath);
 		datapath.maps.node.set(0, {...datapath.maps.node.get(0)!, netns: nodeCookie(options)});

@@ -39,6 +39,15 @@ export class Userland {
 
 	/** @param command - what the machine is for; a path in it begins at the project's root. */
 	constructor(command: string) {
+		try {
+			this.#build(command);
+		} catch (error) {
+			this.remove();
+			throw error;
+		}
+	}
+
+	#build(command: string): void {
 		const image = path.join(this.directory, 'image');
 		for (const directory of ['bin', 'proc', 'sys', 'dev', 'tmp', 'run', 'root', 'etc', 'usr/sbin']) {
 			mkdirSync(path.join(image, directory), {recursive: true});

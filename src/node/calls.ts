@@ -32,7 +32,7 @@ export function cniHandler({pods, zds, look, namespaceOf}: CallsOptions): CniHan
 				throw new CniRetry('the agent is starting, and has not heard of all pods yet');
 			}
 
-			const {pod, wish} = await pods.call({name, uid: call.podUid, ips: call.ips, netns: call.netns}, signal).catch((error: unknown) => {
+			const {pod, wish} = await pods.call({name, uid: call.podUid, sandbox: call.containerId, ips: call.ips, netns: call.netns}, signal).catch((error: unknown) => {
 				throw error instanceof KubernetesError ? new CniRetry(`the pod cannot be read: ${error.message}`, {cause: error}) : error;
 			});
 			if ('leave' in wish) {
@@ -82,7 +82,7 @@ export function cniHandler({pods, zds, look, namespaceOf}: CallsOptions): CniHan
 		async del(call) {
 			const name = nameOf(call);
 			if (name !== undefined) {
-				pods.forget(name, call.podUid);
+				pods.forget(name, call.podUid, call.containerId);
 			}
 		},
 	};

@@ -28,10 +28,18 @@ const CALLED_MS = 60_000;
 /** A pod that the CNI call told of before the watch did. */
 interface CalledPod {
 	readonly pod: PodObject;
-	/** What the cache had under its name then: a pod that is no more, or none. */
+	/** Who had its name then, as far as the watch had heard. */
 	readonly formerUid: string | undefined;
 	readonly at: number;
 	readonly namespaceLabels: Readonly<Record<string, string>>;
+}
+
+/** What the CNI call said. */
+interface Sandbox {
+	readonly id: string;
+	readonly ips: readonly string[];
+	/** The pod's status had these then: none yet, or those of the sandbox before. */
+	readonly outdated: readonly string[];
 }
 
 export class NodePods {
@@ -40,8 +48,10 @@ export class NodePods {
 	readonly #namespaces: Reflector<NamespaceObject>;
 	readonly #specs = new Map<string, PodSpec>();
 	readonly #called = new Map<string, CalledPod>();
-	/** What the CNI call said, by uid: the pod's status has no addresses then, or those of a sandbox that is gone. */
-	readonly #calledIps = new Map<string, {readonly ips: readonly string[]; readonly outdated: readonly string[]}>();
+	/** By name: whose spec it is. */
+	readonly #uids = new Map<string, string>();
+	/** By the pod's uid. */
+	readonly #sandboxes = new Map<string, Sandbox>();
 	#onChange: (names: ReadonlySet<string>) => void = () => {};
 
 	constructor(options: NodePodsOptions) {
@@ -87,22 +97,25 @@ export class NodePods {
 		await Promise.all([this.#pods.run(signal), this.#namespaces.run(signal)]);
 	}
 
-	/** @param name - namespace/name. */
+	/**
+	@param name - namespace/name.
+	@returns the one that a CNI call told of before one of another uid, which the watch has not heard the end of.
+	*/
 	pod(name: string): PodObject | undefined {
-		const cached = this.#pods.items.get(name);
+		const heard = this.#pods.items.get(name);
 		const called = this.#called.get(name);
-		return called && (!cached || cached.uid === called.formerUid) ? called.pod : cached;
+		return called && (!heard || heard.uid === called.formerUid) ? called.pod : heard;
 	}
 
 	/**
 	For the CNI call: what is to be done with a pod that is being started, and is perhaps not in the cache.
 
-	@param call - `uid` may be empty. `ips` and `netns` hold from now on.
+	@param call - `uid` may be empty. `ips` and `netns` hold until this `sandbox` is forgotten.
 	@throws KubernetesError; InputError when Kubernetes does not know the pod; PodError for its namespace.
 	*/
-	async call({name, uid, ips, netns}: {readonly name: string; readonly uid: string; readonly ips: readonly string[]; readonly netns: string}, signal: AbortSignal): Promise<{readonly pod: PodObject; readonly wish: Wish}> {
-		const cached = this.#pods.items.get(name);
-		let pod = cached;
+	async call({name, uid, sandbox, ips, netns}: {readonly name: string; readonly uid: string; readonly sandbox: string; readonly ips: readonly string[]; readonly netns: string}, signal: AbortSignal): Promise<{readonly pod: PodObject; readonly wish: Wish}> {
+		const heard = this.#pods.items.get(name);
+		let pod = heard;
 		if (!pod || (uid !== '' && pod.uid !== uid)) {
 			const [namespace, podName] = name.split('/') as [string, string];
 			pod = readPod(await this.#options.client.get(`/api/v1/namespaces/${encodeURIComponent(namespace)}/pods/${encodeURIComponent(podName)}`, {signal}));
@@ -116,9 +129,9 @@ export class NodePods {
 		const wish = this.#wishFor(pod, namespaceLabels);
 		if ('capture' in wish) {
 			this.#options.locator.learn(name, pod.uid, netns);
-			this.#calledIps.set(pod.uid, {ips, outdated: pod.podIPs});
-			if (pod.uid !== cached?.uid) {
-				this.#called.set(name, {pod, formerUid: cached?.uid, at: performance.now(), namespaceLabels});
+			this.#sandboxes.set(pod.uid, {id: sandbox, ips, outdated: pod.podIPs});
+			if (pod.uid !== heard?.uid) {
+				this.#called.set(name, {pod, formerUid: heard?.uid, at: performance.now(), namespaceLabels});
 			}
 		}
 
@@ -126,10 +139,10 @@ export class NodePods {
 		return {pod, wish};
 	}
 
-	/** The sandbox is gone, and the pod perhaps before it. */
-	forget(name: string, uid: string): void {
+	/** The sandbox is gone. That of an earlier one is said again when it is cleaned up, which may be after the next was made. */
+	forget(name: string, uid: string, sandbox: string): void {
 		const gone = uid === '' ? this.pod(name)?.uid : uid;
-		if (gone === undefined) {
+		if (gone === undefined || (this.#sandboxes.get(gone)?.id ?? sandbox) !== sandbox) {
 			return;
 		}
 
@@ -137,7 +150,7 @@ export class NodePods {
 			this.#called.delete(name);
 		}
 
-		this.#calledIps.delete(gone);
+		this.#sandboxes.delete(gone);
 		this.#options.locator.forget(gone);
 		this.#update([name]);
 	}
@@ -147,14 +160,20 @@ export class NodePods {
 			return;
 		}
 
-		const all = new Set(this.#specs.size === 0 ? [...this.#pods.items.keys(), ...names] : names);
-		this.#dropCalled();
+		const all = new Set([...this.#specs.size === 0 ? this.#pods.items.keys() : [], ...names, ...this.#dropCalled()]);
 		for (const name of all) {
 			const pod = this.pod(name);
-			const before = this.#specs.get(name);
+			const former = this.#uids.get(name);
+			if (former !== undefined && former !== pod?.uid) {
+				this.#sandboxes.delete(former);
+				this.#options.locator.forget(former);
+			}
+
 			if (pod) {
+				this.#uids.set(name, pod.uid);
 				this.#specs.set(name, this.#specOf(name, pod));
-			} else if (before) {
+			} else {
+				this.#uids.delete(name);
 				this.#specs.delete(name);
 			}
 		}
@@ -162,35 +181,40 @@ export class NodePods {
 		this.#onChange(all);
 	}
 
-	#dropCalled(): void {
+	/** @returns their names. */
+	#dropCalled(): readonly string[] {
+		const dropped: string[] = [];
 		for (const [name, {pod, at}] of this.#called) {
 			const isKnown = this.#pods.items.get(name)?.uid === pod.uid;
 			const wasHeard = (this.#pods.lastContactMs ?? 0) > at + CALLED_MS;
 			if (isKnown || wasHeard) {
 				this.#called.delete(name);
+				dropped.push(name);
 			}
 
 			if (!isKnown && wasHeard) {
-				this.#calledIps.delete(pod.uid);
+				this.#sandboxes.delete(pod.uid);
 				this.#options.locator.forget(pod.uid);
 			}
 		}
+
+		return dropped;
 	}
 
 	#specOf(name: string, pod: PodObject): PodSpec {
 		const labels = this.#namespaces.items.get(pod.namespace)?.labels ?? this.#called.get(name)?.namespaceLabels;
 		const wish: Wish = labels === undefined ? {waiting: `its namespace ${pod.namespace} is not known yet`} : this.#wishFor(pod, labels);
-		const called = this.#calledIps.get(pod.uid);
-		const status = called && (pod.podIPs.length === 0 || isDeepStrictEqual(pod.podIPs, called.outdated)) ? called.ips : pod.podIPs;
+		const sandbox = this.#sandboxes.get(pod.uid);
+		const told = sandbox && (pod.podIPs.length === 0 || isDeepStrictEqual(pod.podIPs, sandbox.outdated)) ? sandbox.ips : pod.podIPs;
 		if (!('capture' in wish)) {
 			return {name, wish};
 		}
 
 		let ips: readonly string[];
 		try {
-			ips = status.map(ip => canonicalAddress(ip));
+			ips = told.map(ip => canonicalAddress(ip));
 		} catch (error) {
-			return {name, wish: {refused: new InputError(`pod ${name}: status.podIPs`, reasonOf(error))}};
+			return {name, wish: {refused: new InputError(`pod ${name}: its addresses`, reasonOf(error))}};
 		}
 
 		if (ips.length === 0) {

@@ -5,7 +5,7 @@ node's network namespace, and its own /run, /var/lib, /dev/shm (its locks) and p
 import {copyFileSync, existsSync, mkdirSync, readFileSync, readdirSync, rmdirSync, symlinkSync, writeFileSync} from 'node:fs';
 import path from 'node:path';
 import {BUILT_PLUGIN} from '../../src/cni/command.js';
-import {CniInstaller} from '../../src/cni/install.js';
+import {CniInstaller, PLUGIN_NAME} from '../../src/cni/install.js';
 import {hasErrno} from '../../src/errors.js';
 import {Running, eventually, must} from '../helpers/process.js';
 import type {World} from '../helpers/world.js';
@@ -16,6 +16,15 @@ const BUSYBOX = '/bin/busybox';
 export interface ContainerHostOptions {
 	readonly cniVersion?: string;
 	readonly timeoutSeconds?: number;
+	/** Where the agent listens for the plugin. */
+	readonly socketPath?: string;
+}
+
+/** What a kubelet would have a runtime start: its uid is in the cgroup, and its names are told to CNI plugins. */
+export interface KubeletPod {
+	/** namespace/name. */
+	readonly key: string;
+	readonly uid: string;
 }
 
 export class ContainerHost {
@@ -25,13 +34,13 @@ export class ContainerHost {
 	readonly #holder: Running;
 	#pid = 0;
 
-	private constructor(world: World, {cniVersion = '0.4.0', timeoutSeconds = 60}: ContainerHostOptions) {
+	private constructor(world: World, {cniVersion = '0.4.0', timeoutSeconds = 60, socketPath}: ContainerHostOptions) {
 		this.#world = world;
-		this.socketPath = this.path('agent', 'cni.sock');
+		this.socketPath = socketPath ?? this.path('agent', 'cni.sock');
 		this.#writeConfiguration(cniVersion);
 		this.installer = new CniInstaller({binary: BUILT_PLUGIN, binDir: this.path('bin'), confDir: this.path('net.d'), socketPath: this.socketPath, timeoutSeconds, log: () => undefined});
 		this.installer.install();
-		world.onEnd(async () => removeCgroups(world));
+		world.onEnd(async () => removeContainerCgroups(world));
 		this.#holder = world.node.start(['unshare', '--mount', '--pid', '--fork', '--kill-child', '--mount-proc', 'sh', '-c', 'for directory in /run /var/lib /dev/shm; do mount -t tmpfs none $directory || exit; done; echo ready && exec cat']);
 	}
 
@@ -52,10 +61,26 @@ export class ContainerHost {
 		return `/proc/${this.#pid}/root${inside}`;
 	}
 
+	/** A command that runs another one among podman's processes and mounts, where process 1 has the node's network namespace. What it runs is killed with it. */
+	get enter(): readonly string[] {
+		return ['nsenter', '-t', String(this.#pid), '-m', '-p', '--', 'setpriv', '--pdeathsig', 'KILL', '--'];
+	}
+
+	/** Ends what {@link enter} runs by its own signal: nsenter hands none on. */
+	async stop(entered: Running, signal: 'SIGTERM' | 'SIGKILL'): Promise<void> {
+		const {pid} = entered.child;
+		const [inner] = entered.hasEnded ? [] : readFileSync(`/proc/${pid}/task/${pid}/children`, 'utf8').split(' ').filter(Boolean);
+		if (inner !== undefined) {
+			process.kill(Number(inner), signal);
+		}
+
+		await entered.ended;
+	}
+
 	/** `podman …`, in the background. */
 	podman(...args: readonly string[]): Running {
 		return this.#world.node.start([
-			'nsenter', '-t', String(this.#pid), '-m', '-p', '--', 'env', `CONTAINERS_CONF=${this.path('containers.conf')}`, `CONTAINERS_STORAGE_CONF=${this.path('storage.conf')}`, 'podman', ...args,
+			...this.enter, 'env', `CONTAINERS_CONF=${this.path('containers.conf')}`, `CONTAINERS_STORAGE_CONF=${this.path('storage.conf')}`, 'podman', ...args,
 		]);
 	}
 
@@ -64,7 +89,13 @@ export class ContainerHost {
 		return this.podman('run', '--rm', '--name', name, '--cgroup-parent', `/${this.#world.id}`, '--rootfs', this.path('rootfs'), '/bin/sh', '-c', script);
 	}
 
+	/** The same for a pod, whose CNI plugins and cgroups are as under a kubelet. */
+	pod({key, uid}: KubeletPod, script: string): Running {
+		return this.podman('run', '--rm', '--name', [...key.split('/'), uid].join('_'), '--cgroup-parent', `/${this.#world.id}/kubepods/burstable/pod${uid}`, '--rootfs', this.path('rootfs'), '/bin/sh', '-c', script);
+	}
+
 	#writeConfiguration(cniVersion: string): void {
+		this.#writeArguments();
 		for (const directory of ['net.d', 'bin', 'rootfs/bin', 'tmp']) {
 			mkdirSync(this.path(directory), {recursive: true});
 		}
@@ -79,7 +110,7 @@ export class ContainerHost {
 default_ulimits = ["nofile=1024:1024", "nproc=1000:1000"]
 [network]
 network_backend = "cni"
-cni_plugin_dirs = ["/usr/lib/cni", "${this.path('bin')}"]
+cni_plugin_dirs = ["/usr/lib/cni", "${this.path('kubelet')}", "${this.path('bin')}"]
 network_config_dir = "${this.path('net.d')}"
 default_network = "pods"
 [engine]
@@ -101,6 +132,20 @@ graphroot = "${this.path('graphroot')}"
 		writeFileSync(this.path('net.d/10-pods.conflist'), JSON.stringify({cniVersion, name: 'pods', plugins: [bridge]}));
 	}
 
+	/** podman tells a plugin of the container's name alone, and a kubelet's runtime of the pod: found before the plugin itself, this says it as they do, of what {@link pod} started. */
+	#writeArguments(): void {
+		mkdirSync(this.path('kubelet'), {recursive: true});
+		writeFileSync(this.path('kubelet', PLUGIN_NAME), `#!/bin/sh
+name=\${CNI_ARGS##*K8S_POD_NAME=}
+name=\${name%%;*}
+case $name in *_*_*)
+	rest=\${name#*_}
+	export CNI_ARGS="IgnoreUnknown=1;K8S_POD_NAMESPACE=\${name%%_*};K8S_POD_NAME=\${rest%%_*};K8S_POD_INFRA_CONTAINER_ID=$CNI_CONTAINERID;K8S_POD_UID=\${rest#*_}"
+esac
+exec ${this.path('bin', PLUGIN_NAME)}
+`, {mode: 0o755});
+	}
+
 	/** Interfaces on the node's bridge. */
 	links(): number {
 		return must('ip', '-n', this.#world.node.netnsName, '-o', 'link', 'show', 'master', 'br0').split('\n').filter(Boolean).length;
@@ -108,7 +153,7 @@ graphroot = "${this.path('graphroot')}"
 }
 
 /** runc makes them in every hierarchy; the one that the world made goes with the world. What a killed test run left goes as well. */
-async function removeCgroups(world: World): Promise<void> {
+export async function removeContainerCgroups(world: World): Promise<void> {
 	const isGone = (id: string) => {
 		const pid = /^sst-(\d+)-/.exec(id)?.[1];
 		return pid !== undefined && !existsSync(`/proc/${pid}`);

@@ -1,5 +1,5 @@
 /** The image, run by podman and runc as the manifests say, in a world of its own. */
-import {mkdirSync, readFileSync, writeFileSync} from 'node:fs';
+import {existsSync, mkdirSync, readFileSync, writeFileSync} from 'node:fs';
 import path from 'node:path';
 import type {ExecutionContext} from 'ava';
 import {findCgroup2} from '../../src/loader/host.js';
@@ -48,6 +48,7 @@ export class NodeWorld {
 	}
 
 	static async create(t: ExecutionContext, overlay: Overlay): Promise<NodeWorld> {
+		sweep();
 		const cluster = await Cluster.create(t, {token: 'good', inNode: true});
 		const node = new NodeWorld(cluster, overlay);
 		const account = path.join(cluster.world.directory, 'account');
@@ -112,6 +113,16 @@ export class NodeWorld {
 	}
 }
 
+/** Takes away containers of test runs that were killed: names carry the pid. */
+function sweep(): void {
+	for (const name of podman('ps', '--all', '--format', '{{.Names}}').stdout.split('\n')) {
+		const pid = /^sst-(\d+)-/.exec(name)?.[1];
+		if (pid !== undefined && !existsSync(`/proc/${pid}`)) {
+			podman('rm', '--force', '--time', '0', '--ignore', name);
+		}
+	}
+}
+
 export class ContainerAgent {
 	constructor(readonly node: NodeWorld, readonly name: string, readonly running: Running) {}
 
@@ -137,6 +148,12 @@ export class ContainerAgent {
 		}, 60_000).catch((error: unknown) => {
 			throw new Error(`${String(error)}\n${this.probe(readinessProbe.httpGet.path).stdout}\n${this.running.stderr}`);
 		});
+	}
+
+	/** @returns the exit code, once it has ended by itself. */
+	async ended(): Promise<number | null> {
+		await eventually(`the container ends\n${this.running.stderr}`, () => this.running.hasEnded);
+		return this.running.ended;
 	}
 
 	/** `kubectl exec … -- sidestep …` */

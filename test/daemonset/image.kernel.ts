@@ -76,7 +76,7 @@ test('with what overlay sidecar gives it, the agent finds a pod, captures it, ho
 	t.regex(first.exec('check').stdout, /capture of IPv4 +ok/);
 
 	podman('kill', '--signal', 'KILL', first.name);
-	await first.running.ended;
+	await first.ended();
 	t.is(connects(), 'by the proxy');
 	const second = node.start();
 	await second.ready();
@@ -86,7 +86,7 @@ test('with what overlay sidecar gives it, the agent finds a pod, captures it, ho
 	t.is(await second.running.stop('SIGTERM'), 0, second.running.stderr);
 	for (const {args} of podTemplate('remove').initContainers!) {
 		const step = node.start({args});
-		t.is(await step.running.ended, 0, step.running.stderr);
+		t.is(await step.ended(), 0, step.running.stderr);
 	}
 
 	t.deepEqual(readdirSync(node.hostPath('/opt/cni/bin')), []);
@@ -114,9 +114,9 @@ test('with what overlay ambient gives it, the agent serves ztunnel\'s socket, an
 for (const capability of podTemplate('ambient').containers[0].securityContext.capabilities.add) {
 	test(`without ${capability} the agent does not start, and says so`, async t => {
 		const node = await NodeWorld.create(t, 'ambient');
-		const {running} = node.start({without: capability});
-		t.is(await running.ended, 1);
-		t.regex(running.stderr, new RegExp(`this process lacks .*CAP_${capability}\\b.*: run as root, or give the container these capabilities`));
+		const agent = node.start({without: capability});
+		t.is(await agent.ended(), 1);
+		t.regex(agent.running.stderr, new RegExp(`this process lacks .*CAP_${capability}\\b.*: run as root, or give the container these capabilities`));
 	});
 }
 
@@ -124,9 +124,9 @@ test('on a node without bpffs the agent does not start, as pins would end with i
 	const node = await NodeWorld.create(t, 'ambient');
 	const plain = path.join(node.cluster.world.directory, 'plain');
 	mkdirSync(plain);
-	const {running} = node.start({hostPaths: {'/sys/fs/bpf': plain}});
-	t.is(await running.ended, 1);
-	t.regex(running.stderr, /no bpf file system at \/sys\/fs\/bpf, and one that is mounted here would end with this container/);
+	const agent = node.start({hostPaths: {'/sys/fs/bpf': plain}});
+	t.is(await agent.ended(), 1);
+	t.regex(agent.running.stderr, /no bpf file system at \/sys\/fs\/bpf, and one that is mounted here would end with this container/);
 	t.deepEqual(readdirSync(plain), []);
 });
 

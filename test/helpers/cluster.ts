@@ -32,6 +32,8 @@ export interface ClusterPod {
 }
 
 export class Cluster {
+	/** A command that runs the agent's. */
+	enter: readonly string[] = [];
 	#containers = 0;
 
 	private constructor(readonly world: World, readonly api: FakeApiServer) {}
@@ -78,7 +80,7 @@ export class Cluster {
 	startAgent(extra: readonly string[] = []): Agent {
 		const {world} = this;
 		const rest = extra.filter(word => word !== '--cni');
-		const running = Running.start(world.program('in'), ['--cgroup', world.cgroup, '--', process.execPath, CLI, ...this.arguments(rest.length < extra.length ? rest : [...rest, '--no-cni'])]);
+		const running = Running.start(world.program('in'), ['--cgroup', world.cgroup, '--', ...this.enter, process.execPath, CLI, ...this.arguments(rest.length < extra.length ? rest : [...rest, '--no-cni'])]);
 		world.onEnd(async () => {
 			await running.stop('SIGKILL');
 		});
@@ -151,11 +153,11 @@ export class Cluster {
 	}
 
 	/** The CNI plugin, as a runtime calls it for a pod whose namespace is made. */
-	async cni(command: 'ADD' | 'CHECK' | 'DEL', {key, uid, pod}: Pick<ClusterPod, 'key' | 'uid' | 'pod'>, timeoutSeconds = 60): Promise<PluginResult> {
+	async cni(command: 'ADD' | 'CHECK' | 'DEL', {key, uid, pod}: Pick<ClusterPod, 'key' | 'uid' | 'pod'>, {timeoutSeconds = 60, containerId = 'c0ffee'}: {readonly timeoutSeconds?: number; readonly containerId?: string} = {}): Promise<PluginResult> {
 		const [namespace, name] = key.split('/');
 		const ips = [[pod.ipv4, 24], [pod.ipv6, 64]].filter(([ip]) => ip).map(([ip, bits]) => ({address: `${ip}/${bits}`}));
 		return plugin(netconf(this.cniSocket, `"timeoutSeconds":${timeoutSeconds}`, JSON.stringify({cniVersion: '1.0.0', ips})), {
-			CNI_COMMAND: command, CNI_NETNS: pod.netns, CNI_ARGS: `K8S_POD_NAMESPACE=${namespace};K8S_POD_NAME=${name};K8S_POD_INFRA_CONTAINER_ID=c0ffee;K8S_POD_UID=${uid}`,
+			CNI_COMMAND: command, CNI_CONTAINERID: containerId, CNI_NETNS: pod.netns, CNI_ARGS: `K8S_POD_NAMESPACE=${namespace};K8S_POD_NAME=${name};K8S_POD_INFRA_CONTAINER_ID=${containerId};K8S_POD_UID=${uid}`,
 		});
 	}
 

@@ -55,7 +55,7 @@ test('pods that are not captured start at once, and those whose annotations cann
 	t.not(code, 0);
 	t.regex(`${error?.msg} ${error?.details}`, /annotation ambient\.istio\.io\/dns-capture/);
 	const stranger = {key: 'shop/nobody', uid: 'f00', pod: cluster.world.pod('nobody')};
-	const unknown = await cluster.cni('ADD', stranger, 3);
+	const unknown = await cluster.cni('ADD', stranger, {timeoutSeconds: 3});
 	t.not(unknown.code, 0);
 	t.deepEqual(cluster.enrolled(), ['plain/sidecar']);
 });
@@ -65,7 +65,7 @@ test('a ztunnel that refuses the pod: the pod does not start, and everybody is t
 	cluster.namespace('shop', AMBIENT);
 	await cluster.agent(['--cni']);
 	cluster.ztunnel(['--nack', 'no more threads']);
-	const {code, error} = await cluster.cni('ADD', sandbox(cluster, 'shop/web'), 10);
+	const {code, error} = await cluster.cni('ADD', sandbox(cluster, 'shop/web'), {timeoutSeconds: 10});
 	t.not(code, 0);
 	t.regex(`${error?.msg} ${error?.details}`, /no more threads/);
 	await eventually('the annotation says pending', () => cluster.redirection('shop/web') === 'pending');
@@ -98,7 +98,7 @@ test('an agent that is killed while a pod waits: the next one lets it start, cap
 test('no agent: the pod does not start, and the reason says what to look at', async t => {
 	const cluster = await Cluster.create(t);
 	cluster.namespace('shop', AMBIENT);
-	const {code, error} = await cluster.cni('ADD', sandbox(cluster, 'shop/web'), 2);
+	const {code, error} = await cluster.cni('ADD', sandbox(cluster, 'shop/web'), {timeoutSeconds: 2});
 	t.not(code, 0);
 	t.regex(`${error?.msg} ${error?.details}`, /agent/);
 });
@@ -118,4 +118,48 @@ test('ztunnel that comes back is told of every pod again, and pods of a node tha
 	await eventually('the snapshot comes again', () => told(second).filter(line => line === 'snapshot').length === 2);
 	t.true(pods.every(({key}) => cluster.redirection(key) === 'enabled'));
 	t.is(cluster.object('shop/a')!['spec'] && (cluster.object('shop/a')!['spec'] as {nodeName: string}).nodeName, NODE);
+});
+
+test('a sandbox that is replaced while the API still has the old one\'s addresses: the pod starts again; that the old one is taken away late, does not touch the new one', async t => {
+	const cluster = await Cluster.create(t);
+	cluster.namespace('shop', AMBIENT);
+	const agent = await cluster.agent(['--cni', '--resync', '200']);
+	const ztunnel = cluster.ztunnel();
+	const first = sandbox(cluster, 'shop/web');
+	t.is((await cluster.cni('ADD', first, {containerId: 'first'})).code, 0);
+	cluster.put(first);
+	await eventually('enabled', () => cluster.redirection('shop/web') === 'enabled');
+	t.is((await cluster.cni('DEL', first, {containerId: 'first'})).code, 0);
+	const again = {...first, pod: cluster.world.pod('again')};
+	const {code, stdout} = await cluster.cni('ADD', again, {containerId: 'second', timeoutSeconds: 10});
+	t.is(code, 0, stdout);
+	const ips = () => cluster.world.json<ReadonlyArray<{ips: string}>>('pods').map(pod => pod.ips);
+	t.deepEqual(ips(), [`${again.pod.ipv4},${again.pod.ipv6}`]);
+	const before = agent.running.stderr.length;
+	t.is((await cluster.cni('DEL', first, {containerId: 'first'})).code, 0);
+	await agent.rounds(3);
+	t.deepEqual(ips(), [`${again.pod.ipv4},${again.pod.ipv6}`]);
+	cluster.put(again);
+	await agent.rounds(3);
+	t.notRegex(agent.running.stderr.slice(before), /pod shop\/web|remove/);
+	await eventually('enabled again', () => cluster.redirection('shop/web') === 'enabled');
+	await eventually('ztunnel has the new namespace', () => again.pod.must('ss', '-Hltn').includes(':15001'));
+	t.is(told(ztunnel).filter(line => line === `add ${first.uid}`).length, 2);
+});
+
+test('a pod that takes over the name of one that was deleted by force, and that the agent has not heard of: it is the one that is captured', async t => {
+	const cluster = await Cluster.create(t);
+	cluster.namespace('shop');
+	const annotations = {'sidecar.istio.io/status': '{}'};
+	const agent = await cluster.agent(['--cni']);
+	const first = await cluster.pod('shop/web-0', {annotations});
+	await agent.says(/enrol shop\/web-0/);
+	// Events stop in the middle of one; what is asked for is answered.
+	cluster.api.behave({event: 'half'});
+	cluster.api.delete('pods', first.key);
+	const second = {...first, uid: crypto.randomUUID(), pod: cluster.world.pod('second')};
+	cluster.put(second, {ips: [], phase: 'Pending', annotations});
+	const {code, stdout} = await cluster.cni('ADD', second);
+	t.is(code, 0, stdout);
+	t.deepEqual(cluster.world.json<ReadonlyArray<{ips: string}>>('pods').map(({ips}) => ips), [`${second.pod.ipv4},${second.pod.ipv6}`]);
 });

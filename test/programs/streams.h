@@ -182,11 +182,17 @@ static inline void plan_bulk(struct random *random, struct plan *plan, uint64_t 
 	add_step(server, chance(random, 30) ? client->total : chance(random, 50) ? before : 0, back);
 }
 
+/* What takes `pieces` steps at most, as far as a buffer holds it. */
+static inline uint32_t piece_of(uint64_t total, uint32_t pieces)
+{
+	return total / pieces < PIECE_MAX ? total / pieces + 1 : PIECE_MAX;
+}
+
 static inline void plan_end(struct random *random, struct end_plan *plan, uint64_t incoming, bool chatty)
 {
 	static const uint32_t buffers[] = {4096, 16384, 65536, 1 << 20, 8 << 20};
 	/* A receive buffer full of tiny segments drops some, and what follows waits for timers. */
-	uint64_t least_read = incoming / 1000 + 1, least_write = plan->total / 500 + 1;
+	uint32_t least_read = piece_of(incoming, 1000), least_write = piece_of(plan->total, 500);
 
 	plan->blocking = chance(random, 10);
 	plan->reader = draw_between(random, 0, READERS - 1);
