@@ -231,13 +231,33 @@ class Turn {
 			return false;
 		}
 
-		if (!this.due.has(name) || opened.get(name)?.facts.cookie === cookie) {
+		if (!this.due.has(name)) {
+			return true;
+		}
+
+		const pod = opened.get(name);
+		if (pod?.facts.cookie === cookie) {
+			this.#steerAgain(cookie, pod.netns);
 			return true;
 		}
 
 		const netns = this.#find({device: netnsDevice, inode: netnsInode});
-		netns?.close();
+		try {
+			if (netns) {
+				this.#steerAgain(cookie, netns);
+			}
+		} finally {
+			netns?.close();
+		}
+
 		return netns !== undefined || this.#scan!.isBlind;
+	}
+
+	/** What is kept is kept whole: its link may be gone, by somebody else or by an agent that died as it took the pod away. */
+	#steerAgain(cookie: NetnsCookie, netns: NetNs): void {
+		if (this.kernel.pods.get(cookie)!.flags & POD_INBOUND && !this.datapath.isSteered(cookie)) {
+			this.datapath.steer(cookie, netns);
+		}
 	}
 
 	#find(identity: NetnsIdentity): NetNs | undefined {

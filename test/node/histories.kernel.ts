@@ -22,13 +22,13 @@ import {
 
 const HISTORIES = Number(process.env['SIDESTEP_HISTORIES'] ?? 5000);
 /** At a time. */
-const LIVE = 30;
-const SPACES = 120;
+const LIVE = 40;
+const SPACES = 160;
 const NAMESPACES = ['shop', 'bank', 'mail', 'game', EXCLUDED, ZTUNNELS];
-const RESYNC_MS = 1000;
+const RESYNC_MS = 4000;
 /** Longer than the agent believes in a list of processes, and than it waits before it tries again. */
-const JUMP_MS = 1100;
-const TOUR_STEP_MS = 70;
+const JUMP_MS = 4100;
+const TOUR_STEP_MS = 200;
 const PATIENCE_MS = 60_000;
 
 type Labels = Readonly<Record<string, string>>;
@@ -66,6 +66,8 @@ interface Sandbox {
 	/** In its processes' cgroups. */
 	readonly cgroupUid: string;
 	readonly space: Space;
+	/** The runtime's name for it. */
+	readonly id: string;
 	file: string | undefined;
 	readonly processes: Set<HostProcess>;
 	/** It was taken down, and something in it goes on. */
@@ -90,6 +92,7 @@ class History {
 	silentSince: number | undefined;
 	isBusy = false;
 	readonly form: number;
+	former: Sandbox | undefined;
 
 	constructor(readonly index: number, readonly name: string, seed: number) {
 		this.draw = new Draw(randomOf(seed + Math.imul(index, 0x9e_37_79_b1)));
@@ -152,6 +155,7 @@ class Play {
 	/** Those whose record somebody else took away: nobody knows what to take back. */
 	readonly #unrecorded = new Set<Space>();
 	readonly #calls = new Set<Promise<void>>();
+	#sandboxes = 0;
 	readonly #datapath: Datapath;
 
 	constructor(readonly seed: number, readonly world: World, readonly host: FakeHost, readonly api: FakeApiServer, readonly clock: Clock) {
@@ -199,7 +203,7 @@ class Play {
 		if (draw.chance(0.25)) {
 			mustTour = await this.#happen() || mustTour;
 		} else {
-			if (this.agent && draw.chance(0.08)) {
+			if (this.agent && draw.chance(0.12)) {
 				this.agent.dieAfter(draw.below(40));
 				this.#isDeadly = true;
 				this.#count('deadly tick');
@@ -243,7 +247,7 @@ class Play {
 				api.resetConnections();
 				return false;
 			}],
-			[isUp ? 2 : 0, async () => {
+			[isUp ? 4 : 0, async () => {
 				this.#note('the API server goes away');
 				this.#awayFor = 1 + draw.below(5);
 				this.#heardLabels = new Map(this.#labels);
@@ -254,13 +258,13 @@ class Play {
 				await api.stop();
 				return false;
 			}],
-			[this.agent ? 4 : 0, () => {
+			[this.agent ? 6 : 0, () => {
 				this.#note('the agent dies');
 				this.#bury(false);
 				this.#downFor = draw.chance(0.6) ? 0 : 1 + draw.below(3);
 				return false;
 			}],
-			[this.agent?.isIdle && this.agent.pods.specs.size > 0 ? 6 : 0, () => this.#tamper()],
+			[this.agent?.isIdle && this.agent.pods.specs.size > 0 ? 10 : 0, async () => this.#tamper()],
 		]);
 		return what();
 	}
@@ -566,7 +570,7 @@ class Play {
 
 	#makeSandbox(history: History): Sandbox {
 		const {uid, annotations} = history.pod!;
-		const sandbox = {uid, cgroupUid: annotations[STATIC_HASH] ?? uid, space: this.#takeSpace(history), file: undefined, processes: new Set<HostProcess>(), isLeft: false};
+		const sandbox = {uid, cgroupUid: annotations[STATIC_HASH] ?? uid, space: this.#takeSpace(history), id: `sandbox${++this.#sandboxes}`, file: undefined, processes: new Set<HostProcess>(), isLeft: false};
 		history.sandboxes.push(sandbox);
 		return sandbox;
 	}
@@ -608,9 +612,9 @@ class Play {
 		history.silentSince = MortalAgent.rounds;
 	}
 
-	#cniCall(history: History, uid: string, netns: string, ips: readonly string[]) {
+	#cniCall(history: History, {uid, id, file = '', space}: Sandbox) {
 		const [podNamespace = '', podName = ''] = history.name.split('/');
-		return {netns, podName, podNamespace, podUid: uid, containerId: 'c', ips};
+		return {netns: file, podName, podNamespace, podUid: uid, containerId: id, ips: [...space.addresses]};
 	}
 
 	/** The runtime makes a sandbox, and asks whether it may start. */
@@ -629,14 +633,14 @@ class Play {
 		const isAnswered = agent !== undefined && agent.isServing && known !== undefined && facts.namespaceLabels !== undefined;
 		const mayStart = isAnswered && wanted !== 'as before';
 		const isCapture = typeof wanted === 'object';
-		const told = {uid, ips, statusIps: known?.ips.join() ?? '', file: sandbox.file, space};
+		const told = {uid, id: sandbox.id, ips, statusIps: known?.ips.join() ?? '', file: sandbox.file, space};
 		const call = async () => {
 			try {
 				if (!agent) {
 					throw new Error('nobody listens');
 				}
 
-				await agent.handler.add(this.#cniCall(history, uid, sandbox.file!, ips), agent.signal);
+				await agent.handler.add(this.#cniCall(history, sandbox), agent.signal);
 			} catch (error) {
 				history.isBusy = false;
 				history.log.push(`  ADD fails: ${reasonOf(error)}`);
@@ -651,7 +655,7 @@ class Play {
 				}
 
 				this.#endSandbox(history, sandbox);
-				await agent?.handler.del(this.#cniCall(history, uid, '', [])).catch(() => {});
+				await agent?.handler.del(this.#cniCall(history, sandbox)).catch(() => {});
 				history.told = undefined;
 				return;
 			}
@@ -681,11 +685,11 @@ class Play {
 		return `CNI ADD of a namespace with ${ips.join(', ')}`;
 	}
 
-	#cniDel(history: History, uid: string): void {
+	#cniDel(history: History, sandbox: Sandbox): void {
 		const {agent} = this;
 		if (agent) {
-			void agent.handler.del(this.#cniCall(history, uid, '', [])).catch(() => {});
-			if (history.told?.uid === uid) {
+			void agent.handler.del(this.#cniCall(history, sandbox)).catch(() => {});
+			if (history.told?.id === sandbox.id) {
 				history.told = undefined;
 			}
 		}
@@ -698,7 +702,8 @@ class Play {
 		this.#endSandbox(history, sandbox, leave && sandbox.processes.size > 0);
 		this.#silent(history);
 		if (hadFile && history.draw.chance(0.8)) {
-			this.#cniDel(history, sandbox.uid);
+			this.#cniDel(history, sandbox);
+			history.former = sandbox;
 			return `its sandbox ends${leave ? ', but for a process' : ''}, CNI DEL`;
 		}
 
@@ -817,9 +822,9 @@ class Play {
 		{name: 'sandbox ends', weight: 3, can: ({sandbox}) => sandbox !== undefined, run: history => this.#takeDown(history, history.draw.chance(0.2))},
 		{name: 'sandbox again', weight: 4, can: ({pod, sandbox}) => pod !== undefined && sandbox !== undefined, run: history => `${this.#takeDown(history, history.draw.chance(0.3))}; ${this.#startSandbox(history)}`},
 		{name: 'the left end', weight: 5, can: ({sandboxes}) => sandboxes.some(({isLeft}) => isLeft), run: history => this.#endLeft(history)},
-		{name: 'late DEL', weight: 1, can: ({pod, sandbox}) => pod !== undefined && sandbox !== undefined && sandbox.uid === pod.uid, run: history => {
-			this.#cniDel(history, history.pod!.uid);
-			return 'CNI DEL of a former sandbox';
+		{name: 'DEL again', weight: 3, can: ({former}) => former !== undefined, run: history => {
+			this.#cniDel(history, history.former!);
+			return 'CNI DEL of a former sandbox, again';
 		}},
 		{name: 'nothing', weight: 1, can: () => true, run: () => 'nothing'},
 	];

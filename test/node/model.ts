@@ -27,6 +27,8 @@ export interface PodFacts {
 /** What the runtime said when it made the pod's sandbox. */
 export interface Told {
 	readonly uid: string;
+	/** Of the sandbox, by the runtime. */
+	readonly id: string;
 	readonly ips: readonly string[];
 	/** What the pod's status said then: it is older than the call, until it changes. */
 	readonly statusIps: string;
