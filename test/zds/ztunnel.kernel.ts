@@ -42,6 +42,7 @@ test.serial('ztunnel listens in each namespace when its Add is acknowledged, and
 	}
 
 	const {inode} = a.netns;
+	await ztunnel.until('it says so', () => ztunnel.lines<ZdsLine>().some(line => line.uid === 'a'));
 	t.like(ztunnel.lines<ZdsLine>().find(line => line.uid === 'a'), {zds: 'add', name: 'name-a', namespace: 'shop', service_account: 'account', inode: Number(inode)});
 	t.like(server.connections[0], {pid: ztunnel.child.pid!, isCurrent: true});
 
