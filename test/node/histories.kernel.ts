@@ -25,10 +25,10 @@ const HISTORIES = Number(process.env['SIDESTEP_HISTORIES'] ?? 5000);
 const LIVE = 40;
 const SPACES = 160;
 const NAMESPACES = ['shop', 'bank', 'mail', 'game', EXCLUDED, ZTUNNELS];
-const RESYNC_MS = 4000;
+const RESYNC_MS = 1000;
 /** Longer than the agent believes in a list of processes, and than it waits before it tries again. */
-const JUMP_MS = 4100;
-const TOUR_STEP_MS = 200;
+const JUMP_MS = 1100;
+const TOUR_STEP_MS = 60;
 const PATIENCE_MS = 60_000;
 
 type Labels = Readonly<Record<string, string>>;
@@ -82,7 +82,11 @@ class History {
 	pod: PodFacts | undefined;
 	/** What the agent has heard while the server is away. */
 	heard: PodFacts | undefined;
+	/** What became of the pod while the server was away. */
+	readonly missed: Array<PodFacts | undefined> = [];
 	told: Told | undefined;
+	/** Where the agent was right to have it captured. */
+	seen: {readonly uid: string; readonly space: Space} | undefined;
 	readonly sandboxes: Sandbox[] = [];
 	/** Namespaces that are in use for a short time. */
 	readonly inner = new Set<HostProcess>();
@@ -138,6 +142,7 @@ class Play {
 	started = 0;
 	readonly #labels = new Map<string, Labels>();
 	#heardLabels: ReadonlyMap<string, Labels> | undefined;
+	#missedLabels: Array<ReadonlyMap<string, Labels>> = [];
 	#awayFor = 0;
 	#downFor = 0;
 	/** An agent died in the middle of a round, and none has looked at everything since. */
@@ -199,7 +204,7 @@ class Play {
 	async #tick(): Promise<void> {
 		this.ticks++;
 		const {draw} = this;
-		let mustTour = draw.chance(0.12);
+		let mustTour = draw.chance(0.08);
 		if (draw.chance(0.25)) {
 			mustTour = await this.#happen() || mustTour;
 		} else {
@@ -251,8 +256,10 @@ class Play {
 				this.#note('the API server goes away');
 				this.#awayFor = 1 + draw.below(5);
 				this.#heardLabels = new Map(this.#labels);
+				this.#missedLabels = [this.#heardLabels];
 				for (const history of this.live) {
 					history.heard = history.pod;
+					history.missed.push(history.pod);
 				}
 
 				await api.stop();
@@ -264,7 +271,7 @@ class Play {
 				this.#downFor = draw.chance(0.6) ? 0 : 1 + draw.below(3);
 				return false;
 			}],
-			[this.agent?.isIdle && this.agent.pods.specs.size > 0 ? 10 : 0, async () => this.#tamper()],
+			[this.agent?.isIdle && this.agent.pods.specs.size > 0 ? 6 : 0, async () => this.#tamper()],
 		]);
 		return what();
 	}
@@ -277,10 +284,22 @@ class Play {
 			this.#labels.delete(name);
 			this.api.delete('namespaces', name);
 		}
+
+		this.#missedLabels.push(new Map(this.#labels));
 	}
 
 	/** Somebody else writes to the maps, or takes a pin away. */
 	async #tamper(): Promise<boolean> {
+		for (let count = 1 + this.draw.below(4); count > 0; count--) {
+			this.#tamperOnce();
+		}
+
+		// To the end of the tour that is under way: maps are read at the beginning of one.
+		await this.#lookAgain(new Set(this.agent!.pods.specs.keys()), TOUR_STEP_MS, true);
+		return true;
+	}
+
+	#tamperOnce(): void {
 		const {draw} = this;
 		const {maps, rawMaps, layout} = this.#datapath;
 		const victims = this.live.flatMap(history => {
@@ -357,9 +376,6 @@ class Play {
 		const [name, act] = draw.one(kinds);
 		this.#note(`somebody writes: ${name}`);
 		act();
-		// To the end of the tour that is under way: maps are read at the beginning of one.
-		await this.#lookAgain(new Set(this.agent!.pods.specs.keys()), TOUR_STEP_MS, true);
-		return true;
 	}
 
 	// The agent.
@@ -380,6 +396,7 @@ class Play {
 			// It may have looked at the pod before.
 			history.possible = this.#either(history);
 			history.told = undefined;
+			history.seen = undefined;
 			for (const {space} of isTorn ? history.sandboxes : []) {
 				this.#used.add(space);
 			}
@@ -400,7 +417,10 @@ class Play {
 	}
 
 	#looked(history: History): ReadonlyArray<Entry | undefined> {
-		return unique(history.possible.map(before => lookAt(this.#facts(history), before, this.host)));
+		const facts = this.#facts(history);
+		// Whether the agent has remembered where it once saw a pod that has no process now is its own affair.
+		const memories = history.seen?.uid === facts.pod?.uid ? [undefined, history.seen?.space] : [undefined];
+		return unique(history.possible.flatMap(before => memories.map(seen => lookAt(facts, before, this.host, seen))));
 	}
 
 	#either(history: History): ReadonlyArray<Entry | undefined> {
@@ -410,6 +430,7 @@ class Play {
 	/** Until nothing is left to do for the agent. */
 	async #settle(mustTour: boolean): Promise<void> {
 		if (this.#awayFor > 0 && --this.#awayFor === 0) {
+			this.#catchUp();
 			await this.api.listen();
 			this.#note('the API server is back');
 		}
@@ -438,6 +459,18 @@ class Play {
 		if (mustTour && this.agent?.pods.isSynced) {
 			this.#count('tours');
 			await this.#lookAgain(new Set(this.agent.pods.specs.keys()), TOUR_STEP_MS, true);
+		}
+	}
+
+	/** All that was changed while the server was away comes in one after the other, or at once, and namespaces before pods or after them. */
+	#catchUp(): void {
+		for (const history of this.live) {
+			const facts = {name: history.name, told: history.told};
+			for (const pod of history.missed.splice(0)) {
+				for (const labels of this.#missedLabels) {
+					history.possible = unique([...history.possible, ...history.possible.map(before => lookAt({...facts, pod, namespaceLabels: labels.get(history.namespace)}, before, this.host))]);
+				}
+			}
 		}
 	}
 
@@ -517,9 +550,16 @@ class Play {
 		this.#retired.add(space);
 	}
 
+	#set(history: History, pod: PodFacts | undefined): void {
+		history.pod = pod;
+		if (!this.#isHearing) {
+			history.missed.push(pod);
+		}
+	}
+
 	/** Changes the pod's object. */
 	#put(history: History, pod: PodFacts): void {
-		history.pod = pod;
+		this.#set(history, pod);
 		const {uid, labels, annotations, hostNetwork, phase, ips, deletionTimestamp} = pod;
 		this.api.put('pods', makePod(history.name, {
 			uid, labels: {...labels}, annotations: {...annotations}, hostNetwork, phase, ips, nodeName: NODE, ...(deletionTimestamp === undefined ? {} : {deletionTimestamp}),
@@ -666,8 +706,9 @@ class Play {
 				this.#fail(history, 'the pod may not start, and ADD succeeds');
 			}
 
-			if (isCapture && !agent.isDead) {
-				history.told = told;
+			if (isCapture) {
+				history.possible = unique(history.possible.map(before => lookAt({...facts, pod: known, told}, before, host)));
+				history.told = agent.isDead ? undefined : told;
 				const {pods, addresses} = this.#datapath.maps;
 				const owners = ips.map(address => addresses.get({address, bits: 128}));
 				if (!pods.get(space.cookie) || owners.some(owner => owner !== space.cookie)) {
@@ -844,7 +885,7 @@ class Play {
 
 	#delete(history: History): string {
 		this.api.delete('pods', history.name);
-		history.pod = undefined;
+		this.#set(history, undefined);
 		return 'deleted';
 	}
 
@@ -891,6 +932,7 @@ class Play {
 
 			held.delete(history.name);
 			if (match[0]) {
+				history.seen = {uid: this.#facts(history).pod?.uid ?? '', space: match[0].space};
 				entries.set(history.name, match[0]);
 				this.#count(`compared ${match[0].mode}`);
 			} else {

@@ -128,15 +128,19 @@ export interface Facts {
 	readonly told: Told | undefined;
 }
 
-/** What the kernel holds of a pod after it was looked at, if it held `before`. */
-export function lookAt({name, pod, namespaceLabels, told}: Facts, before: Entry | undefined, host: FakeHost): Entry | undefined {
+/**
+What the kernel holds of a pod after it was looked at, if it held `before`.
+
+@param remembered - where the agent has seen the pod.
+*/
+export function lookAt({name, pod, namespaceLabels, told}: Facts, before: Entry | undefined, host: FakeHost, remembered?: Space): Entry | undefined {
 	const wanted = wantedOf(name, pod, namespaceLabels);
 	if (wanted === 'nothing') {
 		return undefined;
 	}
 
 	const ips = ipsOf(pod!, told);
-	const space = wanted === 'as before' || ips.length === 0 ? undefined : spaceOf(pod!, ips, told, before?.space, host);
+	const space = wanted === 'as before' || ips.length === 0 ? undefined : spaceOf(pod!, ips, told, before?.space ?? remembered, host);
 	if (space) {
 		return {space, ...wanted as Capture, ips, addresses: [...space.addresses]};
 	}
