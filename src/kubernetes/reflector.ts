@@ -83,7 +83,6 @@ export class Reflector<T extends KubernetesObject> {
 	#isTelling = false;
 	#mustTell = false;
 	#badWatches = 0;
-	#isSteady = false;
 	#lastContactMs: number | undefined;
 	#complaint = '';
 
@@ -102,11 +101,6 @@ export class Reflector<T extends KubernetesObject> {
 	/** The first list is in {@link items}. */
 	get isSynced(): boolean {
 		return this.#isSynced;
-	}
-
-	/** The watch that is open has been for long enough to be a good one. */
-	get isSteady(): boolean {
-		return this.#isSteady;
 	}
 
 	/** When the server last said something that was understood, on the clock of `performance.now()`. */
@@ -213,7 +207,6 @@ export class Reflector<T extends KubernetesObject> {
 			});
 		} finally {
 			clearTimeout(steadyTimer);
-			this.#isSteady = false;
 		}
 
 		const openMs = performance.now() - openedAt;
@@ -223,7 +216,6 @@ export class Reflector<T extends KubernetesObject> {
 	}
 
 	#steady(): void {
-		this.#isSteady = true;
 		this.#backoff.reset();
 		this.#badWatches = 0;
 		this.#options.client.pace.recovered(this.#source);
