@@ -353,7 +353,7 @@ function podsOf(options: RunOptions): AgentOptions['pods'] {
 		return {file: options.podsFile};
 	}
 
-	if (options.node === undefined) {
+	if (!options.node) {
 		throw new InputError('run', 'where are the pods to come from? Give --pods-file, or --node with the name of this node in its cluster');
 	}
 
