@@ -85,6 +85,8 @@ class History {
 	/** What became of the pod while the server was away. */
 	readonly missed: Array<PodFacts | undefined> = [];
 	told: Told | undefined;
+	/** What the agent has asked for on a CNI call, as it had heard of another pod of the name, or none. */
+	called: {readonly pod: PodFacts; readonly formerUid: string | undefined} | undefined;
 	/** Where the agent was right to have it captured. */
 	seen: {readonly uid: string; readonly space: Space} | undefined;
 	readonly sandboxes: Sandbox[] = [];
@@ -100,7 +102,7 @@ class History {
 
 	constructor(readonly index: number, readonly name: string, seed: number) {
 		this.draw = new Draw(randomOf(seed + Math.imul(index, 0x9e_37_79_b1)));
-		this.stepsLeft = 3 + this.draw.below(7);
+		this.stepsLeft = 2 + this.draw.below(7);
 		this.form = this.draw.below(5);
 	}
 
@@ -144,6 +146,8 @@ class Play {
 	#heardLabels: ReadonlyMap<string, Labels> | undefined;
 	#missedLabels: Array<ReadonlyMap<string, Labels>> = [];
 	#awayFor = 0;
+	/** While it is away: it answers what is asked for one by one, and tells nothing. */
+	#isSilent = false;
 	#downFor = 0;
 	/** An agent died in the middle of a round, and none has looked at everything since. */
 	#isTorn = false;
@@ -177,7 +181,7 @@ class Play {
 	async close(): Promise<void> {
 		this.agent?.kill();
 		this.#datapath.close();
-		if (!this.#isHearing) {
+		if (!this.#isHearing && !this.#isSilent) {
 			await this.api.listen();
 		}
 	}
@@ -204,7 +208,7 @@ class Play {
 	async #tick(): Promise<void> {
 		this.ticks++;
 		const {draw} = this;
-		let mustTour = draw.chance(0.08);
+		let mustTour = draw.chance(0.05);
 		if (draw.chance(0.25)) {
 			mustTour = await this.#happen() || mustTour;
 		} else {
@@ -254,15 +258,16 @@ class Play {
 			}],
 			[isUp ? 4 : 0, async () => {
 				this.#note('the API server goes away');
-				this.#awayFor = 1 + draw.below(5);
-				this.#heardLabels = new Map(this.#labels);
-				this.#missedLabels = [this.#heardLabels];
-				for (const history of this.live) {
-					history.heard = history.pod;
-					history.missed.push(history.pod);
-				}
-
+				this.#hide();
 				await api.stop();
+				return false;
+			}],
+			[isUp ? 3 : 0, () => {
+				this.#note('watches and lists fail');
+				this.#hide();
+				this.#isSilent = true;
+				api.behave({status: 500, applies: ({path}) => path === '/api/v1/pods' || path === '/api/v1/namespaces'});
+				api.endWatches();
 				return false;
 			}],
 			[this.agent ? 6 : 0, () => {
@@ -274,6 +279,17 @@ class Play {
 			[this.agent?.isIdle && this.agent.pods.specs.size > 0 ? 6 : 0, async () => this.#tamper()],
 		]);
 		return what();
+	}
+
+	/** From now on the agent hears of nothing. */
+	#hide(): void {
+		this.#awayFor = 1 + this.draw.below(5);
+		this.#heardLabels = new Map(this.#labels);
+		this.#missedLabels = [this.#heardLabels];
+		for (const history of this.live) {
+			history.heard = history.pod;
+			history.missed.push(history.pod);
+		}
 	}
 
 	#label(name: string, labels: Labels | undefined): void {
@@ -318,6 +334,7 @@ class Play {
 				}
 			}],
 			['delete counters', () => maps.counters.delete(cookie)],
+			['delete measures', () => maps.traffic.delete(cookie)],
 			['delete a pod\'s lists', () => {
 				for (const [key] of maps.prefixes.entries().filter(([{policy}]) => policy === pod?.policy)) {
 					maps.prefixes.delete(key);
@@ -396,6 +413,7 @@ class Play {
 			// It may have looked at the pod before.
 			history.possible = this.#either(history);
 			history.told = undefined;
+			history.called = undefined;
 			history.seen = undefined;
 			for (const {space} of isTorn ? history.sandboxes : []) {
 				this.#used.add(space);
@@ -413,14 +431,17 @@ class Play {
 
 	#facts(history: History): Facts {
 		const labels = this.#isHearing ? this.#labels : this.#heardLabels!;
-		return {name: history.name, pod: this.#isHearing ? history.pod : history.heard, namespaceLabels: labels.get(history.namespace), told: history.told};
+		const {heard, called} = history;
+		const pod = this.#isHearing ? history.pod : called && heard?.uid === called.formerUid ? called.pod : heard;
+		return {name: history.name, pod, namespaceLabels: labels.get(history.namespace), told: history.told};
 	}
 
 	#looked(history: History): ReadonlyArray<Entry | undefined> {
 		const facts = this.#facts(history);
+		const pods = this.#isHearing && history.called ? [facts.pod, history.called.pod] : [facts.pod];
 		// Whether the agent has remembered where it once saw a pod that has no process now is its own affair.
 		const memories = history.seen?.uid === facts.pod?.uid ? [undefined, history.seen?.space] : [undefined];
-		return unique(history.possible.flatMap(before => memories.map(seen => lookAt(facts, before, this.host, seen))));
+		return unique(history.possible.flatMap(before => pods.flatMap(pod => memories.map(seen => lookAt({...facts, pod}, before, this.host, seen)))));
 	}
 
 	#either(history: History): ReadonlyArray<Entry | undefined> {
@@ -431,7 +452,13 @@ class Play {
 	async #settle(mustTour: boolean): Promise<void> {
 		if (this.#awayFor > 0 && --this.#awayFor === 0) {
 			this.#catchUp();
-			await this.api.listen();
+			if (this.#isSilent) {
+				this.#isSilent = false;
+				this.api.behave();
+			} else {
+				await this.api.listen();
+			}
+
 			this.#note('the API server is back');
 		}
 
@@ -466,6 +493,8 @@ class Play {
 	#catchUp(): void {
 		for (const history of this.live) {
 			const facts = {name: history.name, told: history.told};
+			// One that was called and is gone without a DEL is believed in for a while.
+			history.called = history.pod || history.told === undefined ? undefined : history.called;
 			for (const pod of history.missed.splice(0)) {
 				for (const labels of this.#missedLabels) {
 					history.possible = unique([...history.possible, ...history.possible.map(before => lookAt({...facts, pod, namespaceLabels: labels.get(history.namespace)}, before, this.host))]);
@@ -668,7 +697,7 @@ class Play {
 		const {agent, host} = this;
 		const ips = [...space.addresses];
 		const facts = this.#facts(history);
-		const known = facts.pod?.uid === uid ? facts.pod : this.#isHearing ? history.pod! : undefined;
+		const known = facts.pod?.uid === uid ? facts.pod : this.#isHearing || this.#isSilent ? history.pod! : undefined;
 		const wanted = wantedOf(history.name, known, facts.namespaceLabels);
 		const isAnswered = agent !== undefined && agent.isServing && known !== undefined && facts.namespaceLabels !== undefined;
 		const mayStart = isAnswered && wanted !== 'as before';
@@ -709,6 +738,10 @@ class Play {
 			if (isCapture) {
 				history.possible = unique(history.possible.map(before => lookAt({...facts, pod: known, told}, before, host)));
 				history.told = agent.isDead ? undefined : told;
+				if (!this.#isHearing && facts.pod?.uid !== uid && !agent.isDead) {
+					history.called = {pod: known!, formerUid: history.heard?.uid};
+				}
+
 				const {pods, addresses} = this.#datapath.maps;
 				const owners = ips.map(address => addresses.get({address, bits: 128}));
 				if (!pods.get(space.cookie) || owners.some(owner => owner !== space.cookie)) {
@@ -731,6 +764,7 @@ class Play {
 		if (agent) {
 			void agent.handler.del(this.#cniCall(history, sandbox)).catch(() => {});
 			if (history.told?.id === sandbox.id) {
+				history.called = undefined;
 				history.told = undefined;
 			}
 		}
@@ -1052,7 +1086,7 @@ class Play {
 	/** Of a captured pod, at each turn another. */
 	#compareSettings(entries: ReadonlyMap<string, Entry>): void {
 		const [name, entry] = entries.size > 0 ? this.draw.one([...entries]) : [];
-		if (!entry || !this.host.isAlive(entry.space) || lookAt(this.#facts(this.live.find(history => history.name === name)!), undefined, this.host)?.space !== entry.space) {
+		if (!entry || !this.host.isAlive(entry.space) || this.#unrecorded.has(entry.space) || lookAt(this.#facts(this.live.find(history => history.name === name)!), undefined, this.host)?.space !== entry.space) {
 			return;
 		}
 
@@ -1078,7 +1112,7 @@ class Play {
 	/** Ends histories that are over, and takes back the namespaces that nobody has. */
 	#tidy(): void {
 		for (const history of [...this.live]) {
-			if (history.isOver && history.possible.length === 1 && history.possible[0] === undefined && history.silentSince === undefined && (this.#isHearing || !history.heard)) {
+			if (history.isOver && history.possible.length === 1 && history.possible[0] === undefined && history.silentSince === undefined && !history.called && (this.#isHearing || !history.heard)) {
 				this.live.splice(this.live.indexOf(history), 1);
 				this.#count('histories');
 			}
