@@ -97,7 +97,7 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 		const wish = options.acceleration ?? wishNow(datapath);
 		datapath.maps.node.set(0, {...datapath.maps.node.get(0)!, netns: nodeCookie(options)});
 		log(`acceleration is ${describeAcceleration(setAcceleration(datapath, wish))}`);
-		requests = listenForPairs(datapath, () => last?.namespaces);
+		requests = listenForPairs(datapath, () => last?.namespaces, () => options.signal.aborted, log);
 		metrics = new Metrics(datapath);
 		log(`programs ${loaded.how} at ${datapath.layout.current}, attached to ${cgroup}`);
 		const capacity = datapath.rawMaps.get('pods')!.info().maxEntries;
@@ -141,7 +141,7 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 			metrics!.recordError('pods_file');
 			log(problem);
 		});
-		await node?.start({wake, look: name => control.isSettled ? control.look(name) : undefined, namespaceOf: name => reconciler.namespaceOf(name)}, options.signal);
+		await node?.start({wake, look: name => control.isSettled ? control.look(name) : undefined, namespaceOf: name => reconciler.namespaceOf(name), modeInKernel: name => reconciler.modeInKernel(name)}, options.signal);
 		await control.run(options.signal);
 		log('stopped; capture stays in place (`sidestep unload` takes it away)');
 	} finally {
@@ -156,7 +156,7 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 }
 
 /** Joins each pair that the programs ask for. Ends with the handle; what is joined stays so. */
-function listenForPairs(datapath: Datapath, namespaces: () => ReadonlyMap<NetnsCookie, NetnsFile> | undefined): RingBuffer {
+function listenForPairs(datapath: Datapath, namespaces: () => ReadonlyMap<NetnsCookie, NetnsFile> | undefined, isEnding: () => boolean, log: (line: string) => void): RingBuffer {
 	const codec = datapath.schema.codec<PairRequest>('request');
 	return native.openRingBuffer(datapath.rawMaps.get('requests')!, sample => {
 		const request = codec.decode(sample);
@@ -166,9 +166,13 @@ function listenForPairs(datapath: Datapath, namespaces: () => ReadonlyMap<NetnsC
 		};
 
 		const attempt = (left: number) => {
-			// In the middle of an exchange something is unread; a moment later it is not.
-			if (joinPair(datapath, request, open) === 'REASON_UNACCELERATED_UNREAD' && left > 0) {
-				setTimeout(attempt, UNREAD_RETRY_MS, left - 1).unref();
+			try {
+				// In the middle of an exchange something is unread; a moment later it is not.
+				if (!isEnding() && joinPair(datapath, request, open) === 'REASON_UNACCELERATED_UNREAD' && left > 0) {
+					setTimeout(attempt, UNREAD_RETRY_MS, left - 1).unref();
+				}
+			} catch (error) {
+				log(`a pair of sockets stays on TCP (${reasonOf(error)})`);
 			}
 		};
 

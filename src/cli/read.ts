@@ -172,8 +172,8 @@ export function inboundDecision({maps, schema, rawMaps}: Datapath, {cookie, valu
 }
 
 /** @returns rows, and how many were reset; undefined when its namespace is not found: it has ended, or this process may not look at others' namespaces. */
-export function podSockets(datapath: Datapath, {info}: EnrolledPod, options: {readonly proc: string; readonly onlyMissed: boolean; readonly reset: boolean}): {readonly rows: readonly Row[]; readonly reset: number} | undefined {
-	const netns = findNetns(options.proc, {device: info.netnsDevice, inode: info.netnsInode});
+export function podSockets(datapath: Datapath, {cookie, info}: EnrolledPod, options: {readonly proc: string; readonly onlyMissed: boolean; readonly reset: boolean}): {readonly rows: readonly Row[]; readonly reset: number} | undefined {
+	const netns = findNetns(options.proc, {device: info.netnsDevice, inode: info.netnsInode}, cookie);
 	if (!netns) {
 		return undefined;
 	}

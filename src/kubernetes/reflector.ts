@@ -84,6 +84,7 @@ export class Reflector<T extends KubernetesObject> {
 	#mustTell = false;
 	#badWatches = 0;
 	#lastContactMs: number | undefined;
+	#caughtUpMs: number | undefined;
 	#complaint = '';
 
 	constructor(options: ReflectorOptions<T>) {
@@ -106,6 +107,11 @@ export class Reflector<T extends KubernetesObject> {
 	/** When the server last said something that was understood, on the clock of `performance.now()`. */
 	get lastContactMs(): number | undefined {
 		return this.#lastContactMs;
+	}
+
+	/** When the server last had nothing older to tell: after a list, and at bookmarks. On the clock of `performance.now()`. */
+	get caughtUpMs(): number | undefined {
+		return this.#caughtUpMs;
 	}
 
 	/** Follows the server until `signal` aborts; then resolves, and `onChange` is not called any more. Never rejects. */
@@ -161,6 +167,7 @@ export class Reflector<T extends KubernetesObject> {
 
 		this.counters.lists++;
 		this.#lastContactMs = performance.now();
+		this.#caughtUpMs = this.#lastContactMs;
 		this.#version = version;
 		this.#listed = version;
 		this.#deleted.clear();
@@ -233,6 +240,7 @@ export class Reflector<T extends KubernetesObject> {
 		if (type === 'BOOKMARK') {
 			const {resourceVersion} = ((object as {metadata?: unknown} | null)?.metadata ?? {}) as {readonly resourceVersion?: unknown};
 			this.#lastContactMs = performance.now();
+			this.#caughtUpMs = this.#lastContactMs;
 			this.counters.bookmarks++;
 			this.#advance(typeof resourceVersion === 'string' ? resourceVersion : '');
 			return;

@@ -36,7 +36,7 @@ export async function serveMetrics(listen: {readonly host: string | undefined; r
 
 		const {alive, ready, problems} = health();
 		const because = problems.map(problem => `${problem}\n`).join('');
-		switch (new URL(request.url ?? '/', 'http://agent').pathname) {
+		switch ((request.url ?? '/').split('?', 1)[0]) {
 			case '/metrics': {
 				try {
 					answer(200, await metrics(), 'text/plain; version=0.0.4; charset=utf-8');

@@ -7,6 +7,7 @@ import {reasonOf} from '../errors.js';
 import type {PodObject} from '../kubernetes/objects.js';
 import type {EventWriter, StatusWriter} from '../kubernetes/status.js';
 import {reopenNetns, type NetnsFile} from '../pods/facts.js';
+import type {NetNs} from '../native.js';
 import type {Round} from '../pods/reconcile.js';
 import type {ZdsServer} from '../zds/server.js';
 
@@ -19,6 +20,8 @@ export interface AnnouncerOptions {
 	readonly spec: (name: string) => PodSpec | undefined;
 	/** Undefined for a pod that is not enrolled as it should be. */
 	readonly namespaceOf: (name: string) => NetnsFile | undefined;
+	/** Of the kernel's entries for a pod of this name. */
+	readonly modeInKernel: (name: string) => string | undefined;
 	readonly log: (line: string) => void;
 }
 
@@ -56,7 +59,16 @@ export class Announcer {
 		}
 
 		const wish = this.options.spec(name)?.wish;
-		if (!pod || !wish || 'waiting' in wish) {
+		if (!pod || !wish) {
+			return;
+		}
+
+		if (!('leave' in wish) && !zds.has(pod.uid) && !this.options.namespaceOf(name) && this.options.modeInKernel(name) === 'ambient') {
+			// It stays captured, so ztunnel has to keep what it has of it.
+			this.#put(pod, () => undefined);
+		}
+
+		if ('waiting' in wish) {
 			return;
 		}
 
@@ -85,19 +97,22 @@ export class Announcer {
 		}
 
 		if (wish.capture.mode === 'ambient') {
-			this.#tellZtunnel(name, pod);
+			const file = this.options.namespaceOf(name);
+			if (file) {
+				this.#put(pod, () => reopenNetns(file));
+			}
+
 			this.#report(pod);
 		}
 	}
 
-	#tellZtunnel(name: string, {uid, namespace, name: podName, serviceAccount}: PodObject): void {
-		const file = this.options.namespaceOf(name);
+	#put({uid, namespace, name, serviceAccount}: PodObject, openNetns: () => NetNs | undefined): void {
 		try {
-			if (file) {
-				this.options.zds.put({uid, name: podName, namespace, serviceAccount, openNetns: () => reopenNetns(file)});
-			}
+			this.options.zds.put({uid, name, namespace, serviceAccount, openNetns});
+			this.#uids.set(`${namespace}/${name}`, uid);
+			this.#names.set(uid, `${namespace}/${name}`);
 		} catch (error) {
-			this.options.log(`ztunnel cannot be told of pod ${name} (${reasonOf(error)})`);
+			this.options.log(`ztunnel cannot be told of pod ${namespace}/${name} (${reasonOf(error)})`);
 		}
 	}
 

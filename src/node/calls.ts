@@ -57,6 +57,11 @@ export function cniHandler({pods, zds, look, namespaceOf}: CallsOptions): CniHan
 				throw failure;
 			}
 
+			const file = namespaceOf(name);
+			if (!file || !pods.isAt(pod.uid, file)) {
+				throw new CniRetry('it is not captured yet: its addresses are not known');
+			}
+
 			if (wish.capture.mode !== 'ambient') {
 				return;
 			}

@@ -40,6 +40,8 @@ export interface LoopHandle {
 	/** Undefined while the loop has not looked at every pod once. */
 	look(name: string): Round | undefined;
 	namespaceOf(name: string): NetnsFile | undefined;
+	/** Of the kernel's entries for a pod of this name, whatever the agent knows of it. */
+	modeInKernel(name: string): string | undefined;
 }
 
 export class KubernetesNode {
@@ -73,7 +75,7 @@ export class KubernetesNode {
 			...(timing?.reflector ? {timing: timing.reflector} : {}),
 		});
 		this.#zds = new ZdsServer({
-			socketPath: zdsSocket, log,
+			socketPath: zdsSocket, log, isHeld: true,
 			onChange: uid => {
 				this.#announcer.decided(uid);
 			},
@@ -83,6 +85,7 @@ export class KubernetesNode {
 			pod: name => this.#pods.pod(name),
 			spec: name => this.#pods.specs.get(name),
 			namespaceOf: name => this.#loop?.namespaceOf(name),
+			modeInKernel: name => this.#loop?.modeInKernel(name),
 		});
 		this.#installer = cni && new CniInstaller({...cni, log});
 	}
@@ -118,6 +121,11 @@ export class KubernetesNode {
 		}
 
 		await new Promise<void>(resolve => {
+			if (signal.aborted) {
+				resolve();
+				return;
+			}
+
 			signal.addEventListener('abort', () => {
 				resolve();
 			}, {once: true});
@@ -130,6 +138,7 @@ export class KubernetesNode {
 
 	/** The first round is done: from now on new pods wait for us. */
 	settled(): void {
+		this.#zds.release();
 		this.#installer?.watch();
 	}
 

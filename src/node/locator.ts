@@ -60,6 +60,12 @@ export class Locator {
 		}
 	}
 
+	/** Whether that is the namespace that was learned or found last. */
+	isAt(uid: string, {device, inode}: NetnsIdentity): boolean {
+		const known = this.#known.get(uid);
+		return known?.device === device && known.inode === inode;
+	}
+
 	forget(uid: string): void {
 		this.#known.delete(uid);
 	}

@@ -9,6 +9,7 @@ import {STATIC_POD_HASH, readNamespace, readPod, type NamespaceObject, type PodO
 import {Reflector, type ReflectorTiming} from '../kubernetes/reflector.js';
 import {canonicalAddress} from '../maps/address.js';
 import {accelerationOf, decideEnrolment, type NodeDefaults} from '../redirect/annotations.js';
+import type {NetnsIdentity} from '../pods/facts.js';
 import type {Locator} from './locator.js';
 
 export interface NodePodsOptions {
@@ -116,16 +117,20 @@ export class NodePods {
 	async call({name, uid, sandbox, ips, netns}: {readonly name: string; readonly uid: string; readonly sandbox: string; readonly ips: readonly string[]; readonly netns: string}, signal: AbortSignal): Promise<{readonly pod: PodObject; readonly wish: Wish}> {
 		const heard = this.#pods.items.get(name);
 		let pod = heard;
-		if (!pod || (uid !== '' && pod.uid !== uid)) {
+		if (!pod || !isUid(pod, uid)) {
 			const [namespace, podName] = name.split('/') as [string, string];
 			pod = readPod(await this.#options.client.get(`/api/v1/namespaces/${encodeURIComponent(namespace)}/pods/${encodeURIComponent(podName)}`, {signal}));
-			if (!pod || (uid !== '' && pod.uid !== uid)) {
+			if (!pod || !isUid(pod, uid)) {
 				throw new InputError(`pod ${name}`, `the API server has no such pod with the uid ${uid}: it was deleted, or replaced by another of its name`);
 			}
 		}
 
 		const namespaceLabels = this.#namespaces.items.get(pod.namespace)?.labels
-			?? readNamespace(await this.#options.client.get(`/api/v1/namespaces/${encodeURIComponent(pod.namespace)}`, {signal}))?.labels ?? {};
+			?? readNamespace(await this.#options.client.get(`/api/v1/namespaces/${encodeURIComponent(pod.namespace)}`, {signal}))?.labels;
+		if (!namespaceLabels) {
+			throw new InputError(`pod ${name}`, `what the API server says about its namespace ${pod.namespace} is no namespace`);
+		}
+
 		const wish = this.#wishFor(pod, namespaceLabels);
 		if ('capture' in wish) {
 			this.#options.locator.learn(name, pod.uid, netns);
@@ -139,9 +144,15 @@ export class NodePods {
 		return {pod, wish};
 	}
 
+	/** Whether the CNI call, or a look at its processes, said that the pod is there. */
+	isAt(uid: string, file: NetnsIdentity): boolean {
+		return this.#options.locator.isAt(uid, file);
+	}
+
 	/** The sandbox is gone. That of an earlier one is said again when it is cleaned up, which may be after the next was made. */
 	forget(name: string, uid: string, sandbox: string): void {
-		const gone = uid === '' ? this.pod(name)?.uid : uid;
+		const pod = this.pod(name);
+		const gone = pod && isUid(pod, uid) ? pod.uid : uid || undefined;
 		if (gone === undefined || (this.#sandboxes.get(gone)?.id ?? sandbox) !== sandbox) {
 			return;
 		}
@@ -186,7 +197,7 @@ export class NodePods {
 		const dropped: string[] = [];
 		for (const [name, {pod, at}] of this.#called) {
 			const isKnown = this.#pods.items.get(name)?.uid === pod.uid;
-			const wasHeard = (this.#pods.lastContactMs ?? 0) > at + CALLED_MS;
+			const wasHeard = (this.#pods.caughtUpMs ?? 0) > at + CALLED_MS;
 			if (isKnown || wasHeard) {
 				this.#called.delete(name);
 				dropped.push(name);
@@ -244,5 +255,8 @@ export class NodePods {
 		}
 	}
 }
+
+/** The kubelet names a static pod by its hash, the API its mirror by another uid. */
+const isUid = (pod: PodObject, uid: string) => uid === '' || pod.uid === uid || pod.annotations[STATIC_POD_HASH] === uid;
 
 const nameOf = ({namespace, name}: PodObject) => `${namespace}/${name}`;

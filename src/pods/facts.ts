@@ -9,6 +9,7 @@ import {PodError, hasErrno, reasonOf} from '../errors.js';
 import {cgroupLevel} from '../loader/host.js';
 import {addressFromBytes} from '../maps/address.js';
 import {native, type NetNs} from '../native.js';
+import type {NetnsCookie} from '../maps/schema.js';
 import type {Capture} from '../redirect/capture.js';
 import type {PodFacts} from '../redirect/policy.js';
 
@@ -41,6 +42,35 @@ export function reopenNetns({path, device, inode}: NetnsFile): NetNs | undefined
 
 	netns.close();
 	return undefined;
+}
+
+/**
+The namespace of this name if it is the one of this cookie: inodes are given out again, cookies never.
+
+@throws the kernel's error when it cannot be opened for another reason than that it is gone.
+*/
+function openSame(path: string, {device, inode}: NetnsIdentity, cookie: NetnsCookie): NetNs | undefined {
+	let netns: NetNs;
+	try {
+		netns = native.openNetns(path);
+	} catch (error) {
+		if (hasErrno(error, 'ENOENT', 'ESRCH', 'ENOTDIR', 'EINVAL', 'EACCES', 'EPERM')) {
+			return undefined;
+		}
+
+		throw error;
+	}
+
+	let isSame = false;
+	try {
+		isSame = netns.device === device && netns.inode === inode && netns.cookie() === cookie;
+	} finally {
+		if (!isSame) {
+			netns.close();
+		}
+	}
+
+	return isSame ? netns : undefined;
 }
 
 /** A pod with its namespace held open. Close soon: held any longer, it would keep the namespace of a dead pod alive. */
@@ -105,15 +135,16 @@ below /run/netns.
 
 @returns undefined when nobody has it, so that it is about to end.
 */
-export function findNetns(proc: string, identity: NetnsIdentity): NetNs | undefined {
-	return scanNetns(proc).open(identity);
+export function findNetns(proc: string, identity: NetnsIdentity, cookie: NetnsCookie): NetNs | undefined {
+	return scanNetns(proc).open(identity, cookie);
 }
 
 /** What {@link findNetns} finds, for many: looked for once. */
 export interface NetnsScan {
 	/** Names of it, /run/netns first. */
 	files(identity: NetnsIdentity): readonly string[];
-	open(identity: NetnsIdentity): NetNs | undefined;
+	/** @throws the kernel's error when it cannot be opened for another reason than that it is gone. */
+	open(identity: NetnsIdentity, cookie: NetnsCookie): NetNs | undefined;
 	/** Most could not be looked at, for lack of CAP_SYS_PTRACE: that one is not found says nothing. */
 	readonly isBlind: boolean;
 }
@@ -146,9 +177,9 @@ export function scanNetns(proc: string): NetnsScan {
 	return {
 		files,
 		isBlind: refused > seen,
-		open(identity) {
+		open(identity, cookie) {
 			for (const file of files(identity)) {
-				const netns = reopenNetns({path: file, ...identity});
+				const netns = openSame(file, identity, cookie);
 				if (netns) {
 					return netns;
 				}

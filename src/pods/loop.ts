@@ -1,7 +1,7 @@
 /**
 When which pod is looked at: at once when something was heard of it, soon again when it failed, and each in its turn although nothing was heard.
 */
-import {setImmediate as nextTurn} from 'node:timers/promises';
+import {setImmediate as nextTurn, setTimeout as pause} from 'node:timers/promises';
 import type {PodSpec} from '../config/pods-file.js';
 import type {Reconciler, Round} from './reconcile.js';
 
@@ -39,6 +39,9 @@ export class ControlLoop {
 	#tour: string[] = [];
 	#nextSliceAt = 0;
 	#reread = true;
+	/** After a round that failed. */
+	#pauseMs = 0;
+	#pausedUntil = 0;
 	#wake = () => {};
 
 	constructor(readonly reconciler: Reconciler, readonly options: ControlLoopOptions) {}
@@ -68,7 +71,13 @@ export class ControlLoop {
 		signal.addEventListener('abort', onAbort);
 		try {
 			while (!signal.aborted) {
-				this.#collectDue(performance.now());
+				const now = performance.now();
+				if (now < this.#pausedUntil) {
+					await pause(this.#pausedUntil - now, undefined, {signal}).catch(() => {});
+					continue;
+				}
+
+				this.#collectDue(now);
 				if (this.#due.size === 0 && !this.#reread) {
 					if (!this.isSettled) {
 						this.isSettled = true;
@@ -87,10 +96,15 @@ export class ControlLoop {
 				const changes = batch.map(([, changedAt]) => changedAt).filter(changedAt => changedAt !== undefined);
 				try {
 					this.#round(new Set(batch.map(([name]) => name)), changes.length > 0 ? Math.min(...changes) : undefined);
+					this.#pauseMs = 0;
 				} catch (error) {
+					for (const [name, changedAt] of batch) {
+						this.#due.set(name, this.#due.get(name) ?? changedAt);
+					}
+
+					this.#pauseMs = Math.min(this.#pauseMs === 0 ? FIRST_RETRY_MS : this.#pauseMs * 2, this.#period());
+					this.#pausedUntil = performance.now() + this.#pauseMs;
 					this.options.onError(error);
-					this.#startTour(performance.now());
-					await this.#sleep(signal);
 				}
 
 				await nextTurn();

@@ -68,6 +68,11 @@ export class Reconciler {
 		return info && {device: info.netnsDevice, inode: info.netnsInode};
 	}
 
+	/** Of the kernel's entries for a pod of this name, whatever is known of it. */
+	modeInKernel(name: string): string | undefined {
+		return [...this.#kernel?.infos.values() ?? []].find(info => info.name === name)?.mode;
+	}
+
 	/**
 	@param specs - all pods there should be, by name. The kernel's entries of other names go.
 	@param due - those that are looked at now; of the others, what is known of them holds, and of those never looked at, what the kernel has.
@@ -90,6 +95,10 @@ export class Reconciler {
 			return new Turn(this.datapath, this.options, this.#kernel!, this.#known, this.#failures, specs, new Set([...due, ...rivals]), files).run(opened, isFresh);
 		} catch (error) {
 			this.#kernel = undefined;
+			for (const name of opened.keys()) {
+				this.#known.delete(name);
+			}
+
 			throw error;
 		} finally {
 			for (const {netns} of opened.values()) {
@@ -241,7 +250,14 @@ class Turn {
 			return true;
 		}
 
-		const netns = this.#find({device: netnsDevice, inode: netnsInode});
+		let netns: NetNs | undefined;
+		try {
+			netns = this.#find({device: netnsDevice, inode: netnsInode}, cookie);
+		} catch (error) {
+			this.#notes.push(`it cannot be seen whether the namespace of pod ${name} is still there (${reasonOf(error)}): its capture stays`);
+			return true;
+		}
+
 		try {
 			if (netns) {
 				this.#steerAgain(cookie, netns);
@@ -255,14 +271,14 @@ class Turn {
 
 	/** What is kept is kept whole: its link may be gone, by somebody else or by an agent that died as it took the pod away. */
 	#steerAgain(cookie: NetnsCookie, netns: NetNs): void {
-		if (this.kernel.pods.get(cookie)!.flags & POD_INBOUND && !this.datapath.isSteered(cookie)) {
+		if ((this.kernel.pods.get(cookie)?.flags ?? 0) & POD_INBOUND && !this.datapath.isSteered(cookie)) {
 			this.datapath.steer(cookie, netns);
 		}
 	}
 
-	#find(identity: NetnsIdentity): NetNs | undefined {
+	#find(identity: NetnsIdentity, cookie: NetnsCookie): NetNs | undefined {
 		this.#scan ??= scanNetns(this.options.proc);
-		return this.#scan.open(identity);
+		return this.#scan.open(identity, cookie);
 	}
 
 	/**
@@ -359,6 +375,7 @@ class Turn {
 				}
 			}
 		} catch (error) {
+			this.#reread(policy.cookie);
 			this.failures.set(name, new PodError(name, `its outbound traffic is captured, but its namespace could not be set up (${reasonOf(error)}): tried again soon`, {cause: error}));
 		}
 	}
@@ -370,7 +387,7 @@ class Turn {
 
 		try {
 			const file = this.files.get(cookie);
-			leaveNamespace(this.datapath, info, this.options.proc, identity => (file && reopenNetns(file)) ?? this.#find(identity));
+			leaveNamespace(this.datapath, info, this.options.proc, identity => (file && reopenNetns(file)) ?? this.#find(identity, cookie));
 		} catch (error) {
 			this.failures.set(name, new PodError(name, `it is not captured any more, but settings in its namespace could not be taken back (${reasonOf(error)})`, {cause: error}));
 		}
@@ -389,9 +406,9 @@ export function leaveNamespaces(datapath: Datapath, proc: string): readonly PodE
 	}
 
 	const scan = scanNetns(proc);
-	return datapath.maps.podInfo.entries().flatMap(([, info]) => {
+	return datapath.maps.podInfo.entries().flatMap(([cookie, info]) => {
 		try {
-			leaveNamespace(datapath, info, proc, identity => scan.open(identity), true);
+			leaveNamespace(datapath, info, proc, identity => scan.open(identity, cookie), true);
 			return [];
 		} catch (error) {
 			return [new PodError(info.name, `not everything in its namespace could be taken back (${reasonOf(error)})`, {cause: error})];

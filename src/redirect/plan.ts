@@ -215,7 +215,8 @@ export function plan(kernel: KernelIndex, due: readonly PodPolicy[], keep: Reado
 	const removals = [...new Set([...kernel.pods.keys(), ...kernel.infos.keys(), ...kernel.counters, ...kernel.halfCounted, ...kernel.addressed()])]
 		.filter(cookie => !wanted.has(cookie) && !keep.has(cookie))
 		.map(cookie => remove(kernel, cookie));
-	const changes = due.map(policy => enrol(kernel, policy));
+	const taken = new Set(due.flatMap(({addresses}) => addresses.map(key => addressId(key))));
+	const changes = due.map(policy => enrol(kernel, policy, taken));
 
 	const named = new Set([...kernel.pods.values()].map(({policy}) => policy));
 	const orphans = kernel.policies().filter(policy => !named.has(policy)).flatMap(policy => kernel.deletions(policy));
@@ -238,7 +239,8 @@ function remove(kernel: KernelIndex, cookie: NetnsCookie): Change {
 	};
 }
 
-function enrol(kernel: KernelIndex, wanted: PodPolicy): Change {
+/** @param taken - addresses that a pod is given in the same plan: to take them away would take them from it. */
+function enrol(kernel: KernelIndex, wanted: PodPolicy, taken: ReadonlySet<string>): Change {
 	const {cookie} = wanted;
 	const now = kernel.pods.get(cookie);
 	const info = kernel.infos.get(cookie);
@@ -267,7 +269,7 @@ function enrol(kernel: KernelIndex, wanted: PodPolicy): Change {
 		steps.push(...kernel.deletions(now.policy));
 	}
 
-	steps.push(...[...addresses].filter(([id]) => !wantedAddresses.has(id)).map(([, key]): Step => ({do: 'delete address', key})));
+	steps.push(...[...addresses].filter(([id]) => !wantedAddresses.has(id) && !taken.has(id)).map(([, key]): Step => ({do: 'delete address', key})));
 	return {kind: now ? 'update' : 'enrol', pod: wanted.info.name, cookie, steps};
 }
 

@@ -47,6 +47,8 @@ export interface ZdsServerOptions {
 	readonly socketPath: string;
 	/** How long a ztunnel may take to say hello, and to answer each request; default 5000. */
 	readonly ackTimeoutMs?: number;
+	/** Until {@link ZdsServer.release}, no snapshot ends: ztunnel drains what is not in it. */
+	readonly isHeld?: boolean;
 	readonly log: (line: string) => void;
 	/** {@link ZdsServer.state} of this workload is of another kind, or has another error, than before. */
 	readonly onChange?: (uid: string) => void;
@@ -78,9 +80,11 @@ export class ZdsServer {
 	#listener: SeqpacketListener | undefined;
 	#acceptPause: NodeJS.Timeout | undefined;
 	#revisions = 0;
+	#isHeld: boolean;
 
 	constructor(options: ZdsServerOptions) {
 		this.#options = options;
+		this.#isHeld = options.isHeld ?? false;
 	}
 
 	/** @throws HostError when another process listens there, or it is no place for a socket. */
@@ -139,6 +143,18 @@ export class ZdsServer {
 		wanted.isPending = true;
 		this.#identify(wanted, identity);
 		this.#advance(uid);
+	}
+
+	/** All workloads that there were have been put. */
+	release(): void {
+		this.#isHeld = false;
+		for (const connection of [...this.#connections].filter(({hasSaidHello}) => hasSaidHello)) {
+			this.#send(connection);
+		}
+	}
+
+	has(uid: string): boolean {
+		return this.#wanted.has(uid);
 	}
 
 	/** ztunnel drains its connections, and closes its listeners. */
@@ -295,7 +311,7 @@ export class ZdsServer {
 			const uid = connection.next();
 			if (uid !== undefined) {
 				this.#tell(connection, uid);
-			} else if (connection.isSnapshotSent) {
+			} else if (connection.isSnapshotSent || this.#isHeld) {
 				return;
 			} else {
 				connection.isSnapshotSent = true;

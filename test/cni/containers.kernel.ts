@@ -76,7 +76,13 @@ class Enroller {
 		await eventually('ready', async () => (await agent.get('/readyz')).status === 200);
 	}
 
-	lines(): ProxyLine[] {
+	/** Until the proxies have told of `count` connections. @returns all that they told. */
+	async told(count: number): Promise<readonly ProxyLine[]> {
+		await eventually(`${count} connections by way of the proxies`, () => this.#lines().length >= count);
+		return this.#lines();
+	}
+
+	#lines(): readonly ProxyLine[] {
 		return this.proxies.flatMap(proxy => proxy.lines<ProxyLine>()).filter(line => 'original_dst' in line);
 	}
 }
@@ -98,8 +104,8 @@ test('the very first connection of a container is captured', async t => {
 	});
 	const running = host.container('web', CONNECTING(`${far.ipv4}:8080`));
 	t.is(await running.ended, 0, running.stderr);
-	t.is(enroller.lines().length, 5, JSON.stringify(enroller.lines()));
-	t.true(enroller.lines().every(line => line.original_dst === `${far.ipv4}:8080`), JSON.stringify(enroller.lines()));
+	const lines = await enroller.told(5);
+	t.deepEqual(lines.map(line => line.original_dst), new Array(5).fill(`${far.ipv4}:8080`));
 });
 
 test('an agent that is down: the container does not start, and says why', async t => {
@@ -168,7 +174,7 @@ for (const [how, stop] of [
 			},
 		});
 		t.is(await running.ended, 0, running.stderr);
-		t.is(enroller.lines().length, 5);
-		t.true(enroller.lines().every(line => line.original_dst === `${far.ipv4}:8080`));
+		const lines = await enroller.told(5);
+		t.deepEqual(lines.map(line => line.original_dst), new Array(5).fill(`${far.ipv4}:8080`));
 	});
 }

@@ -39,7 +39,8 @@ export function netconf(socket: string, extra = '"timeoutSeconds":10', previous:
 	return `{"cniVersion":"1.0.0","name":"pods","type":"sidestep-cni","socket":${JSON.stringify(socket)}${extra && `,${extra}`}${previous === null ? '' : `,"prevResult":${previous}`}}`;
 }
 
-export async function plugin(input: string | Buffer, environment: Readonly<Record<string, string | undefined>> = {}): Promise<PluginResult> {
+/** @param onStderr - called with all that it has said so far. */
+export async function plugin(input: string | Buffer, environment: Readonly<Record<string, string | undefined>> = {}, onStderr?: (stderr: string) => void): Promise<PluginResult> {
 	const started = performance.now();
 	const env = Object.fromEntries(Object.entries({...ENVIRONMENT, ...environment}).filter(([, value]) => value !== undefined));
 	const child = spawn(BUILT_PLUGIN, [], {env, stdio: ['pipe', 'pipe', 'pipe']});
@@ -50,6 +51,7 @@ export async function plugin(input: string | Buffer, environment: Readonly<Recor
 	});
 	child.stderr.setEncoding('utf8').on('data', (text: string) => {
 		stderr += text;
+		onStderr?.(stderr);
 	});
 	// It may end before it has read all.
 	child.stdin.on('error', () => undefined);

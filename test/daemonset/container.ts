@@ -1,5 +1,5 @@
 /** The image, run by podman and runc as the manifests say, in a world of its own. */
-import {existsSync, mkdirSync, readFileSync, writeFileSync} from 'node:fs';
+import {existsSync, mkdirSync, readFileSync} from 'node:fs';
 import path from 'node:path';
 import type {ExecutionContext} from 'ava';
 import {findCgroup2} from '../../src/loader/host.js';
@@ -10,7 +10,6 @@ import {ROOT, podTemplate, type Overlay, type PodTemplate} from './rendered.js';
 const IMAGE = 'localhost/sidestep:test';
 const PODMAN = ['--root', path.join(ROOT, '.cache/image/store'), '--runroot', path.join(ROOT, '.cache/image/run'), '--runtime', 'runc', '--cgroup-manager', 'cgroupfs'];
 const SERVICE_ACCOUNT = '/var/run/secrets/kubernetes.io/serviceaccount';
-export const NETWORK = '{"cniVersion":"1.0.0","name":"pods","plugins":[{"type":"bridge"}]}';
 
 export function podman(...args: readonly string[]): Result {
 	return run('podman', [...PODMAN, ...args]);
@@ -44,7 +43,6 @@ export class NodeWorld {
 			'/proc': '/proc', '/sys/fs/cgroup': findCgroup2()!, '/run/netns': '/run/netns', '/sys/fs/bpf': world.bpffs,
 			'/opt/cni/bin': own('cni-bin'), '/etc/cni/net.d': own('cni-conf'), '/var/run/sidestep': own('run'), '/var/run/ztunnel': own('zds'),
 		};
-		writeFileSync(path.join(this.hostPath('/etc/cni/net.d'), '10-pods.conflist'), NETWORK);
 	}
 
 	static async create(t: ExecutionContext, overlay: Overlay): Promise<NodeWorld> {

@@ -2,7 +2,7 @@ import {existsSync, readFileSync, readdirSync, statSync, mkdirSync} from 'node:f
 import path from 'node:path';
 import test from 'ava';
 import {CAPABILITIES} from '../../src/loader/host.js';
-import {AMBIENT} from '../helpers/cluster.js';
+import {AMBIENT, NETWORK} from '../helpers/cluster.js';
 import {Running, eventually, run} from '../helpers/process.js';
 import type {ProxyLine} from '../helpers/world.js';
 import {NodeWorld, podman} from './container.js';
@@ -54,7 +54,7 @@ test('with what overlay sidecar gives it, the agent finds a pod, captures it, ho
 	cluster.api.put('pods', {
 		metadata: {name: 'next', namespace: 'shop', annotations: SIDECAR}, spec: {nodeName: 'node-1', serviceAccountName: 'default', containers: []}, status: {phase: 'Pending'},
 	});
-	const chain = JSON.parse(readFileSync(path.join(node.hostPath('/etc/cni/net.d'), '10-pods.conflist'), 'utf8')) as {plugins: Array<{type: string; socket?: string}>};
+	const chain = JSON.parse(readFileSync(path.join(node.hostPath('/etc/cni/net.d'), NETWORK), 'utf8')) as {name: string; plugins: Array<{type: string; socket?: string}>};
 	const entry = chain.plugins.at(-1)!;
 	t.is(entry.type, 'sidestep-cni');
 	t.is(path.dirname(entry.socket!), '/var/run/sidestep');
@@ -63,7 +63,7 @@ test('with what overlay sidecar gives it, the agent finds a pod, captures it, ho
 		path.join(node.hostPath('/opt/cni/bin'), entry.type),
 	]);
 	call.child.stdin!.end(JSON.stringify({
-		cniVersion: '1.0.0', name: 'pods', ...entry, socket: path.join(node.hostPath('/var/run/sidestep'), path.basename(entry.socket!)),
+		cniVersion: '1.0.0', name: chain.name, ...entry, socket: path.join(node.hostPath('/var/run/sidestep'), path.basename(entry.socket!)),
 		prevResult: {cniVersion: '1.0.0', interfaces: [{name: 'eth0', sandbox: next.netns}], ips: [{address: `${next.ipv4}/24`, interface: 0}, {address: `${next.ipv6}/64`, interface: 0}]},
 	}));
 	t.is(await call.ended, 0, `${call.stdout}${call.stderr}${first.running.stderr}`);
@@ -90,7 +90,7 @@ test('with what overlay sidecar gives it, the agent finds a pod, captures it, ho
 	}
 
 	t.deepEqual(readdirSync(node.hostPath('/opt/cni/bin')), []);
-	t.notRegex(readFileSync(path.join(node.hostPath('/etc/cni/net.d'), '10-pods.conflist'), 'utf8'), /sidestep/);
+	t.notRegex(readFileSync(path.join(node.hostPath('/etc/cni/net.d'), NETWORK), 'utf8'), /sidestep/);
 	t.is(connects(), 'directly');
 	t.deepEqual(readdirSync(path.join(world.bpffs, 'sidestep')), []);
 });

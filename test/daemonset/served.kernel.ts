@@ -1,29 +1,26 @@
 /** What the manifests suppose of the agent, beside an agent that runs. */
 import {once} from 'node:events';
-import {writeFileSync} from 'node:fs';
 import {request} from 'node:http';
 import path from 'node:path';
 import test, {type ExecutionContext} from 'ava';
 import {AMBIENT, Cluster, NODE} from '../helpers/cluster.js';
 import {eventually, run} from '../helpers/process.js';
 import type {RequestRecord} from '../kubernetes/fake-server.js';
-import {NETWORK} from './container.js';
 import {expressions} from './expressions.js';
 import {object, objects} from './rendered.js';
 
 /** Added by Prometheus, from the PodMonitor. */
 const TARGET_LABELS = ['node', 'job', 'instance', 'namespace'];
 
-async function clusterWithNetwork(t: ExecutionContext): Promise<Cluster> {
+async function clusterWithPod(t: ExecutionContext): Promise<Cluster> {
 	const cluster = await Cluster.create(t);
-	writeFileSync(path.join(cluster.world.directory, 'cni-conf/10-pods.conflist'), NETWORK);
 	cluster.namespace('shop', AMBIENT);
 	await cluster.pod('shop/web');
 	return cluster;
 }
 
 test('every metric, label and label value that rules and dashboard ask for is served, and promtool finds nothing to say about them', async t => {
-	const cluster = await clusterWithNetwork(t);
+	const cluster = await clusterWithPod(t);
 	const agent = await cluster.agent(['--cni']);
 	const {body} = await agent.get('/metrics');
 	const lint = run('promtool', ['check', 'metrics'], {input: body});
@@ -60,7 +57,7 @@ test('every metric, label and label value that rules and dashboard ask for is se
 });
 
 test('the ClusterRole allows what the agent asks of the API server, and nothing that it never asks', async t => {
-	const cluster = await clusterWithNetwork(t);
+	const cluster = await clusterWithPod(t);
 	const {api} = cluster;
 	await cluster.pod('shop/wrong', {annotations: {'ambient.istio.io/dns-capture': 'perhaps'}});
 	const agent = await cluster.agent(['--cni']);

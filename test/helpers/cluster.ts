@@ -14,6 +14,9 @@ export const NODE = 'node-1';
 export const REDIRECTION = 'ambient.istio.io/redirection';
 export const AMBIENT = {'istio.io/dataplane-mode': 'ambient'};
 
+/** The file of the node's only CNI network. */
+export const NETWORK = '10-net.conflist';
+
 /** How a kubelet and its runtime name a container's cgroup. */
 export const CGROUP_DRIVERS = {
 	cgroupfs: (uid: string, container: string) => `kubepods/burstable/pod${uid}/${container}`,
@@ -47,7 +50,7 @@ export class Cluster {
 			mkdirSync(path.join(world.directory, directory));
 		}
 
-		writeFileSync(path.join(world.directory, 'cni-conf/10-net.conflist'), JSON.stringify({cniVersion: '1.0.0', name: 'net', plugins: [{type: 'bridge'}]}));
+		writeFileSync(path.join(world.directory, 'cni-conf', NETWORK), JSON.stringify({cniVersion: '1.0.0', name: 'net', plugins: [{type: 'bridge'}]}));
 		return new Cluster(world, api);
 	}
 

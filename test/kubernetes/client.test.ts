@@ -59,21 +59,25 @@ test('requests are named as RBAC names them', t => {
 	t.is(describeRequest('GET', '/healthz'), 'list /healthz');
 });
 
-test('a token that was replaced is read at once after a 401, and once a minute anyway', async t => {
-	const {server, client, directory} = await makeBench(t);
+test('a token that was replaced is read at once after a 401', async t => {
+	const {server, client, directory} = await makeBench(t, {timing: {...FAST, credentialsMs: 3_600_000}});
 	await client.get(PODS);
 	server.tokens.clear();
 	server.tokens.add('newer');
 	writeFileSync(path.join(directory, 'token'), 'newer\n');
 	await client.get(PODS);
 	t.deepEqual(server.history.map(({status}) => status), [200, 401, 200]);
+});
 
-	server.tokens.add('newest');
-	writeFileSync(path.join(directory, 'token'), 'newest');
-	await sleep(FAST.credentialsMs + 100);
-	server.tokens.delete('newer');
+test('a token is read again once a minute, before it is refused', async t => {
+	const {server, client, directory} = await makeBench(t);
 	await client.get(PODS);
-	t.is(server.history.length, 4);
+	writeFileSync(path.join(directory, 'token'), 'newer');
+	server.tokens.clear();
+	server.tokens.add('newer');
+	await sleep(FAST.credentialsMs + 100);
+	await client.get(PODS);
+	t.deepEqual(server.history.map(({status}) => status), [200, 200]);
 });
 
 test('a 401 with the same token is an error, without a second attempt', async t => {

@@ -4,6 +4,7 @@ A client and reflectors against a {@link FakeApiServer}, with times short enough
 import {mkdtempSync, rmSync} from 'node:fs';
 import {tmpdir} from 'node:os';
 import path from 'node:path';
+import {performance} from 'node:perf_hooks';
 import type {ExecutionContext} from 'ava';
 import {KubernetesClient, type ClientTiming} from '../../src/kubernetes/client.js';
 import {readNamespace, readPod, type NamespaceObject, type PodObject} from '../../src/kubernetes/objects.js';
@@ -88,6 +89,37 @@ export function truth(server: FakeApiServer, kind: Kind, node = 'node-1'): unkno
 	const objects = server.list(kind).filter(({spec}) => kind === 'namespaces' || (spec as {readonly nodeName: string}).nodeName === node);
 	return new Map(objects.map(object => kind === 'pods' ? readPod(object)! : readNamespace(object)!).map(object => [('namespace' in object ? `${object.namespace}/` : '') + object.name, object] as const)
 		.sort(([a], [b]) => a < b ? -1 : 1));
+}
+
+/**
+Waits until the bench's only watch, the reflector's `watches`-th, has been open for `steadyMs` by the reflector's own clock, so that its end is a regular one. The server has to
+send bookmarks.
+*/
+export async function untilSteady({server}: Bench, {reflector}: Following<PodObject | NamespaceObject>, watches: number): Promise<void> {
+	await eventually(`watch ${watches}`, () => reflector.counters.watches === watches && server.openWatches === 1);
+	const begun = performance.now();
+	await eventually('it is open', () => reflector.lastContactMs! > begun);
+	const openedBefore = reflector.lastContactMs!;
+	await eventually('it is steady', () => reflector.lastContactMs! > openedBefore + FAST_WATCH.steadyMs);
+}
+
+/** Lets every draw come out in the middle, for the rest of this test, which has to be a serial one: each back-off takes half of its bound. */
+export function withoutJitter(t: ExecutionContext): void {
+	const {random} = Math;
+	Math.random = () => 0.5;
+	t.teardown(() => {
+		Math.random = random;
+	});
+}
+
+/** Checks that after the first `from` requests each one came later than the one before by `leastMs` of its number. This does not depend on how quick the machine is. */
+export function checkGaps(t: ExecutionContext, server: FakeApiServer, from: number, leastMs: (index: number) => number): void {
+	const times = server.history.map(({atMs}) => atMs);
+	for (let index = from; index < times.length; index++) {
+		const gapMs = times[index]! - times[index - 1]!;
+		// Timers may be early by a part of a millisecond.
+		t.true(gapMs >= leastMs(index) - 1, `request ${index} came after ${gapMs} ms, not ${leastMs(index)}`);
+	}
 }
 
 export function sorted<T>(items: ReadonlyMap<string, T>): Map<string, T> {

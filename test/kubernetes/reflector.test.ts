@@ -5,7 +5,7 @@ import {keyOf, readMetadata, readNamespace, readPod} from '../../src/kubernetes/
 import {Reflector} from '../../src/kubernetes/reflector.js';
 import {eventually} from '../helpers/process.js';
 import {makeNamespace, makePod, type ApiObject} from './fake-server.js';
-import {FAST_WATCH, followNamespaces, followPods, makeBench, untilEqual} from './helpers.js';
+import {FAST_WATCH, checkGaps, followNamespaces, followPods, makeBench, untilEqual, untilSteady, withoutJitter} from './helpers.js';
 
 test('lists in pages, then follows', async t => {
 	const bench = await makeBench(t);
@@ -58,36 +58,36 @@ test('told are all keys after the first list, even if there are none; then only 
 	t.is(reflector.items.size, 0);
 });
 
-test('changes of one turn are told together, and not while the last ones are still being carried out', async t => {
+test('changes are not told while the last ones are still being carried out, then all together, also when those failed', async t => {
 	const bench = await makeBench(t);
 	const {server, client, signal} = bench;
 	const sizes: number[] = [];
-	let running = 0;
-	let most = 0;
+	let release = () => {};
 	const reflector = new Reflector({
 		client, path: '/api/v1/pods', transform: readPod, timing: FAST_WATCH, log() {},
 		async onChange(keys) {
-			most = Math.max(most, ++running);
 			sizes.push(keys.size);
-			await sleep(50);
-			running--;
 			if (sizes.length === 2) {
+				await new Promise<void>(resolve => {
+					release = resolve;
+				});
 				throw new Error('it did not work');
 			}
 		},
 	});
 	const ended = reflector.run(signal);
 	await eventually('it watches', () => server.openWatches === 1);
-	for (let index = 0; index < 50; index++) {
+	server.put('pods', makePod('shop/web-0'));
+	await eventually('it is told', () => sizes.length === 2);
+	for (let index = 1; index < 50; index++) {
 		server.put('pods', makePod(`shop/web-${index}`));
-		if (index % 10 === 0) {
-			await sleep(5);
-		}
 	}
 
-	await eventually('all is told', () => sizes.reduce((sum, size) => sum + size, 0) >= 50 && running === 0);
-	t.is(most, 1);
-	t.true(sizes.length <= 8, sizes.join(' '));
+	await eventually('all events are there', () => reflector.counters.events === 50);
+	t.deepEqual(sizes, [0, 1]);
+	release();
+	await eventually('the rest is told', () => sizes.length === 3);
+	t.deepEqual(sizes, [0, 1, 49]);
 	bench.stop();
 	await ended;
 });
@@ -96,14 +96,13 @@ test('a watch that ends in the regular way goes on at once, without a list', asy
 	const bench = await makeBench(t);
 	const {server, client} = bench;
 	const pods = followPods(bench);
-	await eventually('it watches', () => server.openWatches === 1);
 	for (let round = 0; round < 3; round++) {
-		await sleep(FAST_WATCH.steadyMs + 300);
+		await untilSteady(bench, pods, round + 1);
 		server.put('pods', makePod(`shop/web-${round}`));
 		server.endWatches();
-		await eventually('it watches again', () => server.openWatches === 1);
 	}
 
+	await untilSteady(bench, pods, 4);
 	await untilEqual(t, server, pods);
 	const {counters} = pods.reflector;
 	t.deepEqual([counters.lists, counters.watches, Object.values(counters.errors).reduce((sum, count) => sum + count)], [1, 4, 0]);
@@ -133,7 +132,7 @@ test('a bookmark saves the list when older versions are compacted', async t => {
 	}
 
 	const {bookmarks} = reflector.counters;
-	await eventually('a bookmark', () => reflector.counters.bookmarks >= bookmarks + 2);
+	await eventually('a bookmark', () => reflector.counters.bookmarks >= bookmarks + 5);
 	server.compact();
 	server.resetConnections();
 	await eventually('it watches again', () => reflector.counters.watches === 2 && server.openWatches === 1);
@@ -153,23 +152,37 @@ test('a watch in which nothing comes, not even a bookmark, is given up, and goes
 	t.is(counters.lists, 1);
 });
 
-test('back-off grows up to its bound, and starts anew after a steady watch', async t => {
-	const bench = await makeBench(t, {timing: {gapMs: 5, maxBackoffMs: 400}});
+test.serial('back-off grows up to its bound', async t => {
+	withoutJitter(t);
+	const [gapMs, maxBackoffMs] = [5, 400];
+	const bench = await makeBench(t, {timing: {gapMs, maxBackoffMs}});
 	const {server} = bench;
 	server.behave({status: 500});
-	const {reflector} = followPods(bench);
-	const started = performance.now();
-	await sleep(3000);
-	// 5 + 10 + … + 400 ms, half of it on average, then 200 ms each; without growth it would be hundreds.
-	const most = 10 + (performance.now() - started) / 60;
-	t.true(server.history.length <= most && server.history.length >= 8, `${server.history.length} requests, at most ${most}`);
+	followPods(bench);
+	// Without a bound the last of them would come after more than a minute.
+	await eventually('16 requests', () => server.history.length >= 16);
+	checkGaps(t, server, 1, index => Math.min(maxBackoffMs, gapMs * 2 ** (index - 1)) / 2);
+});
+
+test.serial('back-off starts anew after a steady watch', async t => {
+	withoutJitter(t);
+	const bench = await makeBench(t, {timing: {gapMs: 5, maxBackoffMs: 3_600_000}});
+	const {server} = bench;
+	server.behave({status: 500});
+	const pods = followPods(bench);
+	const {counters} = pods.reflector;
+	const failures = () => Object.values(counters.errors).reduce((sum, count) => sum + count);
+	await eventually('10 failures', () => failures() >= 10);
 	server.behave();
-	await eventually('it watches', () => server.openWatches === 1);
-	await sleep(FAST_WATCH.steadyMs + 200);
-	const {watches} = reflector.counters;
+	await untilSteady(bench, pods, 1);
+	server.behave({reset: true});
 	server.resetConnections();
-	await eventually('it watches again', () => reflector.counters.watches > watches && server.openWatches === 1, 5000);
-	t.is(reflector.counters.lists, 1);
+	const before = failures();
+	// Going on where it was, it would take more than a minute.
+	await eventually('6 more', () => failures() >= before + 6);
+	server.behave();
+	await eventually('it watches again', () => server.openWatches === 1);
+	t.is(counters.lists, 1);
 });
 
 test('old events do not bring back what was deleted, nor replace what is newer', async t => {
@@ -263,7 +276,7 @@ test('lastContactMs is when the server last said something', async t => {
 	t.true(first <= performance.now());
 	await eventually('bookmarks count', () => reflector.lastContactMs! > first + 40);
 	await server.stop();
-	await sleep(50);
+	await eventually('the watch has ended', () => reflector.counters.errors.connection > 0);
 	const contact = reflector.lastContactMs;
 	await sleep(100);
 	t.is(reflector.lastContactMs, contact);

@@ -107,6 +107,7 @@ test('after all that an API server can do wrong, the kernel\'s pods and the anno
 	t.true(reads <= tookMs / TIMING.client.gapMs + 2 * WRONGS.length, `${reads} reads in ${tookMs} ms`);
 	t.true(writes <= flips + PODS, `${writes} writes for ${flips} changes`);
 	t.true(after.fds <= before.fds + 4, `${before.fds} fds before, ${after.fds} after`);
-	t.true(after.rssKb <= before.rssKb + 40_000, `${before.rssKb} KB before, ${after.rssKb} after`);
+	// What lines and lists without end took is given back some time later.
+	await eventually(`${before.rssKb} KB before, ${after.rssKb} after`, () => resources(second).rssKb <= before.rssKb + 30_000);
 	t.notRegex(second.running.stderr, /round failed|TypeError/);
 });

@@ -1,6 +1,6 @@
 /** Containers made by runc, with cgroups as a kubelet names them: found, captured, restarted and forgotten. */
 import {randomUUID} from 'node:crypto';
-import {readFileSync, readlinkSync} from 'node:fs';
+import {existsSync, readFileSync, readlinkSync} from 'node:fs';
 import test from 'ava';
 import {STATIC_POD_HASH} from '../../src/kubernetes/objects.js';
 import {AMBIENT, Cluster, type ClusterPod} from '../helpers/cluster.js';
@@ -140,6 +140,7 @@ test('a container with a network namespace of its own, and the pod\'s address in
 	const last = await runc.container({netns: web.pause.netns, cgroup: web.cgroup});
 	for (const ended of [own, web.pause, web.app]) {
 		ended.delete();
+		await eventually('it has ended', () => !existsSync(ended.netns));
 	}
 
 	await agent.rounds(3);

@@ -36,7 +36,7 @@ test('rules, then ztunnel, then its answer: the pod starts, is captured from its
 	t.deepEqual([outcome, peer], ['ok', `${far.ipv4}:8080`]);
 	await eventually('the annotation says enabled', () => cluster.redirection('shop/web') === 'enabled');
 	t.is((await cluster.cni('CHECK', web)).code, 0);
-	t.true(told(ztunnel).includes(`add ${web.uid}`));
+	await eventually('ztunnel has told of it', () => told(ztunnel).includes(`add ${web.uid}`));
 	t.is((await cluster.cni('DEL', web)).code, 0);
 	cluster.api.delete('pods', 'shop/web');
 	await eventually('ztunnel is told', () => told(ztunnel).includes(`delete ${web.uid}`));
