@@ -376,7 +376,7 @@ class Play {
 		if (this.agent?.isDead) {
 			this.#note('the agent dies in the middle of a round');
 			this.#bury(true);
-			this.#downFor = this.draw.chance(0.8) ? 0 : 1 + this.draw.below(3);
+			this.#downFor = this.draw.chance(0.5) ? 0 : 1 + this.draw.below(3);
 		}
 
 		this.agent?.dieAfter(undefined);
