@@ -116,8 +116,8 @@ class Play {
 		if (draw.chance(0.25)) {
 			mustTour = await this.#happen() || mustTour;
 		} else {
-			if (this.agent && draw.chance(0.12)) {
-				this.agent.dieAfter(draw.below(40));
+			if (this.agent && draw.chance(0.2)) {
+				this.agent.dieAfter(draw.below(30));
 				this.#isDeadly = true;
 				this.#count('deadly tick');
 			}
