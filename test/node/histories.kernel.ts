@@ -8,17 +8,20 @@ import test from 'ava';
 import {reasonOf} from '../../src/errors.js';
 import {readNamespace, readPod} from '../../src/kubernetes/objects.js';
 import {openDatapath, type Datapath} from '../../src/loader/datapath.js';
-import {POD_INBOUND, PORT_INBOUND_EXCLUDED, PORT_INBOUND_INCLUDED, PORT_OUTBOUND_EXCLUDED, PREFIX_LOCAL} from '../../src/maps/schema.js';
+import {POD_INBOUND, PORT_OUTBOUND_EXCLUDED, PREFIX_LOCAL} from '../../src/maps/schema.js';
 import {native} from '../../src/native.js';
 import {FakeApiServer, makeNamespace, makePod} from '../kubernetes/fake-server.js';
 import {NODE} from '../helpers/cluster.js';
 import {randomOf} from '../helpers/contract.js';
-import {ACCEPT, FakeHost, type HostProcess, type Space} from '../helpers/fake-host.js';
+import {FakeHost, type Space} from '../helpers/fake-host.js';
 import {Clock, MortalAgent} from '../helpers/mortal-agent.js';
 import {World} from '../helpers/world.js';
+import {describe, readAddresses, readHeld, unique, type Held} from './held.js';
+import {Draw, History, type Labels, type Sandbox} from './history.js';
 import {
-	AMBIENT_LABEL, BYPASS, DNS, EXCLUDED, EXCLUDE_PORTS, INBOUND_PORTS, SIDECAR, STATIC_HASH, ZTUNNELS, lookAt, settingsOf, wantedOf, type Entry, type Facts, type PodFacts, type Told,
+	AMBIENT_LABEL, BYPASS, DNS, EXCLUDED, EXCLUDE_PORTS, INBOUND_PORTS, SIDECAR, STATIC_HASH, ZTUNNELS, lookAt, settingsOf, wantedOf, type Entry, type Facts, type PodFacts,
 } from './model.js';
+import {Runtime} from './runtime.js';
 
 const HISTORIES = Number(process.env['SIDESTEP_HISTORIES'] ?? 5000);
 /** At a time. */
@@ -31,105 +34,12 @@ const JUMP_MS = 1100;
 const TOUR_STEP_MS = 60;
 const PATIENCE_MS = 60_000;
 
-type Labels = Readonly<Record<string, string>>;
-
-class Draw {
-	constructor(readonly random: () => number) {}
-
-	chance(probability: number): boolean {
-		return this.random() < probability;
-	}
-
-	below(bound: number): number {
-		return Math.floor(this.random() * bound);
-	}
-
-	one<T>(choices: readonly T[]): T {
-		return choices[this.below(choices.length)]!;
-	}
-
-	/** By weight. */
-	weighed<T>(choices: ReadonlyArray<readonly [weight: number, choice: T]>): T {
-		let left = this.random() * choices.reduce((sum, [weight]) => sum + weight, 0);
-		return choices.find(([weight]) => (left -= weight) < 0)![1];
-	}
-
-	uuid(): string {
-		const digits = Array.from({length: 32}, () => this.below(16).toString(16)).join('');
-		return digits.replace(/^(.{8})(.{4})(.{4})(.{4})/, '$1-$2-$3-$4-');
-	}
-}
-
-/** A network namespace that the runtime made for a pod, and what lives in it. */
-interface Sandbox {
-	readonly uid: string;
-	/** In its processes' cgroups. */
-	readonly cgroupUid: string;
-	readonly space: Space;
-	/** The runtime's name for it. */
-	readonly id: string;
-	file: string | undefined;
-	readonly processes: Set<HostProcess>;
-	/** It was taken down, and something in it goes on. */
-	isLeft: boolean;
-}
-
-class History {
-	readonly log: string[] = [];
-	readonly draw: Draw;
-	stepsLeft: number;
-	/** What the API server has. */
-	pod: PodFacts | undefined;
-	/** What the agent has heard while the server is away. */
-	heard: PodFacts | undefined;
-	/** What became of the pod while the server was away. */
-	readonly missed: Array<PodFacts | undefined> = [];
-	told: Told | undefined;
-	/** Where the agent was right to have it captured. */
-	seen: {readonly uid: string; readonly space: Space} | undefined;
-	readonly sandboxes: Sandbox[] = [];
-	/** Namespaces that are in use for a short time. */
-	readonly inner = new Set<HostProcess>();
-	/** What the kernel may hold. */
-	possible: ReadonlyArray<Entry | undefined> = [undefined];
-	/** The agent was told nothing of what has changed since this round. */
-	silentSince: number | undefined;
-	isBusy = false;
-	readonly form: number;
-	former: Sandbox | undefined;
-
-	constructor(readonly index: number, readonly name: string, seed: number) {
-		this.draw = new Draw(randomOf(seed + Math.imul(index, 0x9e_37_79_b1)));
-		this.stepsLeft = 3 + this.draw.below(7);
-		this.form = this.draw.below(5);
-	}
-
-	get namespace(): string {
-		return this.name.split('/')[0]!;
-	}
-
-	get sandbox(): Sandbox | undefined {
-		return this.sandboxes.find(({isLeft}) => !isLeft);
-	}
-
-	get isOver(): boolean {
-		return this.stepsLeft <= 0 && !this.pod && this.sandboxes.length === 0 && !this.isBusy;
-	}
-}
-
 interface Step {
 	readonly name: string;
 	readonly weight: number;
 	readonly can: (history: History) => boolean;
 	/** @returns what happened. */
 	readonly run: (history: History) => string;
-}
-
-/** What the kernel holds of a pod. */
-interface Held {
-	readonly name: string;
-	readonly cookie: bigint;
-	readonly text: string;
 }
 
 class Play {
@@ -144,42 +54,40 @@ class Play {
 	#heardLabels: ReadonlyMap<string, Labels> | undefined;
 	#missedLabels: Array<ReadonlyMap<string, Labels>> = [];
 	#awayFor = 0;
+	/** While it is away: it answers what is asked for one by one, and tells nothing. */
+	#isSilent = false;
 	#downFor = 0;
 	/** An agent died in the middle of a round, and none has looked at everything since. */
 	#isTorn = false;
 	#isDeadly = false;
 	#held = '';
-	/** Namespaces whose pods are gone; each may be in the kernel still. */
-	readonly #retired = new Set<Space>();
-	readonly #lent = new Map<string, Space>();
-	readonly #waiting: Space[] = [];
-	/** What was changed in a namespace before it was a pod's. */
-	readonly #presets = new Map<Space, Set<string>>();
-	/** Those that something may have been changed in. */
-	readonly #used = new Set<Space>();
-	/** Those whose record somebody else took away: nobody knows what to take back. */
-	readonly #unrecorded = new Set<Space>();
 	readonly #calls = new Set<Promise<void>>();
-	#sandboxes = 0;
+	readonly #runtime: Runtime;
 	readonly #datapath: Datapath;
 
 	constructor(readonly seed: number, readonly world: World, readonly host: FakeHost, readonly api: FakeApiServer, readonly clock: Clock) {
 		this.draw = new Draw(randomOf(seed));
+		this.#runtime = new Runtime(host);
 		for (const name of NAMESPACES) {
 			this.#label(name, this.draw.chance(0.6) ? {[AMBIENT_LABEL]: 'ambient'} : {});
 		}
 
 		this.#startAgent();
 		this.#datapath = openDatapath(world.bpffs);
-		this.#held = this.#textOf(this.#read());
+		this.#held = this.#read().text;
 	}
 
 	async close(): Promise<void> {
 		this.agent?.kill();
 		this.#datapath.close();
-		if (!this.#isHearing) {
+		if (!this.#isHearing && !this.#isSilent) {
 			await this.api.listen();
 		}
+	}
+
+	/** Pods that got addresses that were another's a moment ago. */
+	get borrowed(): number {
+		return this.#runtime.borrowed;
 	}
 
 	async run(): Promise<void> {
@@ -204,12 +112,12 @@ class Play {
 	async #tick(): Promise<void> {
 		this.ticks++;
 		const {draw} = this;
-		let mustTour = draw.chance(0.08);
+		let mustTour = draw.chance(0.05);
 		if (draw.chance(0.25)) {
 			mustTour = await this.#happen() || mustTour;
 		} else {
-			if (this.agent && draw.chance(0.12)) {
-				this.agent.dieAfter(draw.below(40));
+			if (this.agent && draw.chance(0.2)) {
+				this.agent.dieAfter(draw.below(30));
 				this.#isDeadly = true;
 				this.#count('deadly tick');
 			}
@@ -254,15 +162,16 @@ class Play {
 			}],
 			[isUp ? 4 : 0, async () => {
 				this.#note('the API server goes away');
-				this.#awayFor = 1 + draw.below(5);
-				this.#heardLabels = new Map(this.#labels);
-				this.#missedLabels = [this.#heardLabels];
-				for (const history of this.live) {
-					history.heard = history.pod;
-					history.missed.push(history.pod);
-				}
-
+				this.#hide();
 				await api.stop();
+				return false;
+			}],
+			[isUp ? 3 : 0, () => {
+				this.#note('watches and lists fail');
+				this.#hide();
+				this.#isSilent = true;
+				api.behave({status: 500, applies: ({path}) => path === '/api/v1/pods' || path === '/api/v1/namespaces'});
+				api.endWatches();
 				return false;
 			}],
 			[this.agent ? 6 : 0, () => {
@@ -274,6 +183,17 @@ class Play {
 			[this.agent?.isIdle && this.agent.pods.specs.size > 0 ? 6 : 0, async () => this.#tamper()],
 		]);
 		return what();
+	}
+
+	/** From now on the agent hears of nothing. */
+	#hide(): void {
+		this.#awayFor = 1 + this.draw.below(5);
+		this.#heardLabels = new Map(this.#labels);
+		this.#missedLabels = [this.#heardLabels];
+		for (const history of this.live) {
+			history.heard = history.pod;
+			history.missed.push(history.pod);
+		}
 	}
 
 	#label(name: string, labels: Labels | undefined): void {
@@ -314,10 +234,11 @@ class Play {
 			['delete a pod', () => maps.pods.delete(cookie)],
 			['delete what is written about a pod', () => {
 				if (victim && maps.podInfo.delete(cookie)) {
-					this.#unrecorded.add(victim.space);
+					this.#runtime.unrecorded.add(victim.space);
 				}
 			}],
 			['delete counters', () => maps.counters.delete(cookie)],
+			['delete measures', () => maps.traffic.delete(cookie)],
 			['delete a pod\'s lists', () => {
 				for (const [key] of maps.prefixes.entries().filter(([{policy}]) => policy === pod?.policy)) {
 					maps.prefixes.delete(key);
@@ -396,9 +317,10 @@ class Play {
 			// It may have looked at the pod before.
 			history.possible = this.#either(history);
 			history.told = undefined;
+			history.called = undefined;
 			history.seen = undefined;
 			for (const {space} of isTorn ? history.sandboxes : []) {
-				this.#used.add(space);
+				this.#runtime.used.add(space);
 			}
 		}
 
@@ -413,14 +335,17 @@ class Play {
 
 	#facts(history: History): Facts {
 		const labels = this.#isHearing ? this.#labels : this.#heardLabels!;
-		return {name: history.name, pod: this.#isHearing ? history.pod : history.heard, namespaceLabels: labels.get(history.namespace), told: history.told};
+		const {heard, called} = history;
+		const pod = this.#isHearing ? history.pod : called && heard?.uid === called.formerUid ? called.pod : heard;
+		return {name: history.name, pod, namespaceLabels: labels.get(history.namespace), told: history.told};
 	}
 
 	#looked(history: History): ReadonlyArray<Entry | undefined> {
 		const facts = this.#facts(history);
+		const pods = this.#isHearing && history.called ? [facts.pod, history.called.pod] : [facts.pod];
 		// Whether the agent has remembered where it once saw a pod that has no process now is its own affair.
 		const memories = history.seen?.uid === facts.pod?.uid ? [undefined, history.seen?.space] : [undefined];
-		return unique(history.possible.flatMap(before => memories.map(seen => lookAt(facts, before, this.host, seen))));
+		return unique(history.possible.flatMap(before => pods.flatMap(pod => memories.map(seen => lookAt({...facts, pod}, before, this.host, seen)))));
 	}
 
 	#either(history: History): ReadonlyArray<Entry | undefined> {
@@ -431,7 +356,13 @@ class Play {
 	async #settle(mustTour: boolean): Promise<void> {
 		if (this.#awayFor > 0 && --this.#awayFor === 0) {
 			this.#catchUp();
-			await this.api.listen();
+			if (this.#isSilent) {
+				this.#isSilent = false;
+				this.api.behave();
+			} else {
+				await this.api.listen();
+			}
+
 			this.#note('the API server is back');
 		}
 
@@ -445,7 +376,7 @@ class Play {
 		if (this.agent?.isDead) {
 			this.#note('the agent dies in the middle of a round');
 			this.#bury(true);
-			this.#downFor = this.draw.chance(0.8) ? 0 : 1 + this.draw.below(3);
+			this.#downFor = this.draw.chance(0.5) ? 0 : 1 + this.draw.below(3);
 		}
 
 		this.agent?.dieAfter(undefined);
@@ -466,6 +397,8 @@ class Play {
 	#catchUp(): void {
 		for (const history of this.live) {
 			const facts = {name: history.name, told: history.told};
+			// One that was called and is gone without a DEL is believed in for a while.
+			history.called = history.pod || history.told === undefined ? undefined : history.called;
 			for (const pod of history.missed.splice(0)) {
 				for (const labels of this.#missedLabels) {
 					history.possible = unique([...history.possible, ...history.possible.map(before => lookAt({...facts, pod, namespaceLabels: labels.get(history.namespace)}, before, this.host))]);
@@ -535,7 +468,7 @@ class Play {
 		for (const process of history.inner) {
 			this.host.end(process);
 			history.inner.delete(process);
-			this.#retire(process.space!);
+			this.#runtime.retire(process.space!);
 		}
 
 		const steps = history.stepsLeft-- > 0 ? this.#steps : this.#lastSteps;
@@ -544,10 +477,6 @@ class Play {
 		const said = step.run(history);
 		this.#count(step.name);
 		history.log.push(`tick ${this.ticks}: ${said}`);
-	}
-
-	#retire(space: Space): void {
-		this.#retired.add(space);
 	}
 
 	#set(history: History, pod: PodFacts | undefined): void {
@@ -580,74 +509,6 @@ class Play {
 		};
 	}
 
-	/** A namespace of the runtime's, with addresses: its own, or somebody's who is gone. */
-	#takeSpace({draw}: History): Space {
-		let space = this.host.take();
-		while (space.home.some(address => this.#lent.has(address))) {
-			this.#waiting.push(space);
-			space = this.host.take();
-		}
-
-		const gone = [...this.#retired].filter(({home, addresses}) => home.every(address => addresses.has(address) && !this.#lent.has(address)));
-		const isBorrowed = gone.length > 0 && draw.chance(0.25);
-		const home = isBorrowed ? draw.one(gone).home : space.home;
-		if (isBorrowed) {
-			this.#count('addresses of others');
-			for (const address of home) {
-				this.#lent.set(address, space);
-			}
-		}
-
-		this.host.setAddresses(space, draw.chance(0.8) ? home : [draw.chance(0.8) ? home[0]! : home[1]!]);
-		if (draw.chance(0.1)) {
-			space.netns.setSysctl('/proc', ACCEPT, '1');
-			this.#used.add(space);
-			this.#presets.set(space, new Set([ACCEPT]));
-		}
-
-		return space;
-	}
-
-	#makeSandbox(history: History): Sandbox {
-		const {uid, annotations} = history.pod!;
-		const sandbox = {uid, cgroupUid: annotations[STATIC_HASH] ?? uid, space: this.#takeSpace(history), id: `sandbox${++this.#sandboxes}`, file: undefined, processes: new Set<HostProcess>(), isLeft: false};
-		history.sandboxes.push(sandbox);
-		return sandbox;
-	}
-
-	#startProcess(history: History, sandbox: Sandbox): HostProcess {
-		const process = this.host.start(sandbox.cgroupUid, sandbox.space, history.form);
-		sandbox.processes.add(process);
-		return process;
-	}
-
-	#endProcess(sandbox: Sandbox, process: HostProcess): void {
-		sandbox.processes.delete(process);
-		this.host.end(process);
-	}
-
-	/** @param leave - one process goes on, without the network. */
-	#endSandbox(history: History, sandbox: Sandbox, leave = false): void {
-		const [survivor, ...others] = leave ? [...sandbox.processes] : [undefined, ...sandbox.processes];
-		for (const process of others) {
-			this.#endProcess(sandbox, process!);
-		}
-
-		if (sandbox.file !== undefined) {
-			this.host.unnameSpace(sandbox.file);
-			sandbox.file = undefined;
-		}
-
-		if (survivor) {
-			sandbox.isLeft = true;
-			this.host.setAddresses(sandbox.space, []);
-			return;
-		}
-
-		history.sandboxes.splice(history.sandboxes.indexOf(sandbox), 1);
-		this.#retire(sandbox.space);
-	}
-
 	#silent(history: History): void {
 		history.silentSince = MortalAgent.rounds;
 	}
@@ -659,16 +520,16 @@ class Play {
 
 	/** The runtime makes a sandbox, and asks whether it may start. */
 	#cniAdd(history: History): string {
-		const sandbox = this.#makeSandbox(history);
+		const sandbox = this.#runtime.makeSandbox(history);
 		const {space, uid} = sandbox;
-		this.#used.add(space);
+		this.#runtime.used.add(space);
 		sandbox.file = this.host.nameSpace(space);
 		history.isBusy = true;
 		this.#silent(history);
 		const {agent, host} = this;
 		const ips = [...space.addresses];
 		const facts = this.#facts(history);
-		const known = facts.pod?.uid === uid ? facts.pod : this.#isHearing ? history.pod! : undefined;
+		const known = facts.pod?.uid === uid ? facts.pod : this.#isHearing || this.#isSilent ? history.pod! : undefined;
 		const wanted = wantedOf(history.name, known, facts.namespaceLabels);
 		const isAnswered = agent !== undefined && agent.isServing && known !== undefined && facts.namespaceLabels !== undefined;
 		const mayStart = isAnswered && wanted !== 'as before';
@@ -694,7 +555,7 @@ class Play {
 					history.possible = unique([...history.possible, ...history.possible.map(before => lookAt({...facts, pod: known, told}, before, host))]);
 				}
 
-				this.#endSandbox(history, sandbox);
+				this.#runtime.endSandbox(history, sandbox);
 				await agent?.handler.del(this.#cniCall(history, sandbox)).catch(() => {});
 				history.told = undefined;
 				return;
@@ -709,6 +570,10 @@ class Play {
 			if (isCapture) {
 				history.possible = unique(history.possible.map(before => lookAt({...facts, pod: known, told}, before, host)));
 				history.told = agent.isDead ? undefined : told;
+				if (!this.#isHearing && facts.pod?.uid !== uid && !agent.isDead) {
+					history.called = {pod: known!, formerUid: history.heard?.uid};
+				}
+
 				const {pods, addresses} = this.#datapath.maps;
 				const owners = ips.map(address => addresses.get({address, bits: 128}));
 				if (!pods.get(space.cookie) || owners.some(owner => owner !== space.cookie)) {
@@ -731,6 +596,7 @@ class Play {
 		if (agent) {
 			void agent.handler.del(this.#cniCall(history, sandbox)).catch(() => {});
 			if (history.told?.id === sandbox.id) {
+				history.called = undefined;
 				history.told = undefined;
 			}
 		}
@@ -740,7 +606,7 @@ class Play {
 	#takeDown(history: History, leave = false): string {
 		const sandbox = history.sandbox!;
 		const hadFile = sandbox.file !== undefined;
-		this.#endSandbox(history, sandbox, leave && sandbox.processes.size > 0);
+		this.#runtime.endSandbox(history, sandbox, leave && sandbox.processes.size > 0);
 		this.#silent(history);
 		if (hadFile && history.draw.chance(0.8)) {
 			this.#cniDel(history, sandbox);
@@ -757,8 +623,8 @@ class Play {
 			return this.#cniAdd(history);
 		}
 
-		const sandbox = this.#makeSandbox(history);
-		this.#startProcess(history, sandbox);
+		const sandbox = this.#runtime.makeSandbox(history);
+		this.#runtime.startProcess(history, sandbox);
 		this.#silent(history);
 		return `a sandbox starts with ${[...sandbox.space.addresses].join(', ')}`;
 	}
@@ -775,8 +641,8 @@ class Play {
 		}},
 		{name: 'a pod that runs', weight: 20, can: ({pod, sandbox}) => !pod && !sandbox, run: history => {
 			history.pod = this.#drawPod(history);
-			const sandbox = this.#makeSandbox(history);
-			this.#startProcess(history, sandbox);
+			const sandbox = this.#runtime.makeSandbox(history);
+			this.#runtime.startProcess(history, sandbox);
 			return `runs: ${JSON.stringify(history.pod)}; ${this.#change(history, {phase: 'Running', ips: [...sandbox.space.addresses]})}`;
 		}},
 		{name: 'sandbox', weight: 25, can: ({pod, sandbox}) => pod !== undefined && !pod.hostNetwork && !sandbox, run: history => this.#startSandbox(history)},
@@ -785,12 +651,12 @@ class Play {
 			return this.#change(history, {phase: 'Running', ips: history.draw.chance(0.8) ? ips : ips.slice(0, 1)});
 		}},
 		{name: 'first process', weight: 20, can: ({sandbox}) => sandbox?.processes.size === 0, run: history => {
-			this.#startProcess(history, history.sandbox!);
+			this.#runtime.startProcess(history, history.sandbox!);
 			this.#silent(history);
 			return 'its first process starts';
 		}},
 		{name: 'one more process', weight: 2, can: ({sandbox}) => sandbox !== undefined, run: history => {
-			this.#startProcess(history, history.sandbox!);
+			this.#runtime.startProcess(history, history.sandbox!);
 			this.#silent(history);
 			return 'one more process starts';
 		}},
@@ -799,12 +665,12 @@ class Play {
 			const processes = [...sandbox.processes];
 			const process = history.draw.one(processes);
 			const comesFirst = history.draw.chance(0.5);
-			const start = () => this.#startProcess(history, sandbox);
+			const start = () => this.#runtime.startProcess(history, sandbox);
 			if (comesFirst) {
 				start();
 			}
 
-			this.#endProcess(sandbox, process);
+			this.#runtime.endProcess(sandbox, process);
 			if (!comesFirst) {
 				start();
 			}
@@ -814,9 +680,8 @@ class Play {
 		}},
 		{name: 'unshare', weight: 2, can: ({sandbox, pod}) => sandbox?.uid === pod?.uid && sandbox !== undefined && sandbox.processes.size > 0, run: history => {
 			const {draw, sandbox} = history;
-			const space = this.host.take();
 			const isTwin = draw.chance(0.5);
-			this.host.setAddresses(space, isTwin ? [...sandbox!.space.addresses] : []);
+			const space = this.#runtime.takeInner(isTwin ? [...sandbox!.space.addresses] : []);
 			// With the pod's address, only what came later is not the pod's.
 			history.inner.add(this.host.start(sandbox!.cgroupUid, space, history.form, isTwin ? undefined : draw.below(1000)));
 			this.#silent(history);
@@ -828,7 +693,7 @@ class Play {
 			this.#silent(history);
 			return 'a process in the host\'s namespace, the oldest of all';
 		}},
-		{name: 'second address', weight: 1, can: ({sandbox}) => sandbox !== undefined && sandbox.space.addresses.size === 1 && ![...this.#lent.values()].includes(sandbox.space), run: history => {
+		{name: 'second address', weight: 1, can: ({sandbox}) => sandbox !== undefined && sandbox.space.addresses.size === 1 && !this.#runtime.hasBorrowed(sandbox.space), run: history => {
 			const {space} = history.sandbox!;
 			this.host.setAddresses(space, [...new Set([...space.addresses, ...space.home])]);
 			this.#silent(history);
@@ -891,7 +756,7 @@ class Play {
 
 	#endLeft(history: History): string {
 		for (const sandbox of history.sandboxes.filter(({isLeft}) => isLeft)) {
-			this.#endSandbox(history, sandbox);
+			this.#runtime.endSandbox(history, sandbox);
 		}
 
 		this.#silent(history);
@@ -903,8 +768,7 @@ class Play {
 	#compare(): void {
 		const isLooking = this.agent?.pods.isSynced && this.agent.isIdle;
 		this.#isTorn &&= !isLooking;
-		const held = this.#read();
-		const text = this.#textOf(held);
+		const {held, text} = this.#read();
 		if (!isLooking) {
 			if (!this.#isTorn && text !== this.#held) {
 				throw new Error(`something has changed while nobody knew what is to be\n${this.#held}\n${text}; ${this.#context()}`);
@@ -948,84 +812,25 @@ class Play {
 		this.#compareSettings(entries);
 	}
 
-	/** All pods that the kernel captures, and that nothing is there that is none's. */
-	#read(): Map<string, Held> {
-		const {maps, rawMaps, layout} = this.#datapath;
-		const infos = new Map(maps.podInfo.entries());
-		const pods = new Map(maps.pods.entries());
-		const cookies = [...pods.keys()].sort().join();
-		const same = (what: string, others: Iterable<bigint>) => {
-			const text = [...others].sort().join();
-			if (text !== cookies && !this.#isTorn) {
-				throw new Error(`${what} are of ${text}, pods of ${cookies}; ${this.#context()}`);
-			}
-		};
-
-		same('descriptions', infos.keys());
-		for (const name of ['counters', 'traffic'] as const) {
-			const {keys, count} = rawMaps.get(name)!.entries();
-			same(name, new BigUint64Array(keys.slice().buffer, 0, count));
-		}
-
-		const byPolicy = new Map([...pods].map(([cookie, {policy}]) => [policy, cookie]));
-		const ports = maps.ports.entries();
-		const prefixes = maps.prefixes.entries();
-		const orphan = [...ports, ...prefixes, ...maps.exemptions.entries()].find(([{policy}]) => !byPolicy.has(policy));
-		if ((orphan || byPolicy.size !== pods.size) && !this.#isTorn) {
-			throw new Error(`list entries of no pod's, or of two: ${JSON.stringify(orphan)}; ${this.#context()}`);
-		}
-
-		const steered = new Set(this.#datapath.steeredPods());
-		const held = new Map<string, Held>();
-		for (const cookie of infos.keys()) {
-			const space = this.#spaceOf(cookie);
-			if (space) {
-				this.#used.add(space);
-			}
-		}
-
-		for (const [cookie, pod] of pods) {
-			const info = infos.get(cookie);
-			if (!info) {
-				continue;
-			}
-
-			const isSteered = steered.delete(cookie);
-			if (isSteered && !this.#isTorn) {
-				const link = native.openPinnedLink(layout.podLink(cookie));
-				const {targetId} = link.info();
-				link.close();
+	#read(): {readonly held: Map<string, Held>; readonly text: string} {
+		try {
+			for (const cookie of this.#datapath.maps.podInfo.keys()) {
 				const space = this.#spaceOf(cookie);
-				if (targetId !== info.netnsInode && space && this.host.isAlive(space)) {
-					throw new Error(`the link of ${info.name} is attached to ${targetId}, not ${info.netnsInode}; ${this.#context()}`);
+				if (space) {
+					this.#runtime.used.add(space);
 				}
 			}
 
-			const ips = [info.address4, info.address6].filter(Boolean);
-			const own = new Set(prefixes.filter(([{policy, bits}, {flags}]) => policy === pod.policy && bits === 160 && flags & PREFIX_LOCAL).map(([{address}]) => address));
-			const missing = ips.filter(ip => !own.has(ip));
-			const portTexts = ports.filter(([{policy}]) => policy === pod.policy).map(([{port}, {flags}]) => `${port}${flags & PORT_INBOUND_EXCLUDED ? ' in' : ''}${flags & PORT_INBOUND_INCLUDED ? ' in+' : ''}${flags & PORT_OUTBOUND_EXCLUDED ? ' out' : ''}`).sort();
-			const text = textOf({cookie, mode: info.mode, isSteered, flag: (pod.flags & POD_INBOUND) !== 0, hasDns: pod.dnsPort !== 0, ports: portTexts.join(', '), ips}) + (missing.length > 0 ? `, ${missing.join(', ')} not local` : '');
-			if (held.has(info.name) && !this.#isTorn) {
-				throw new Error(`pod ${info.name} is there twice; ${this.#context()}`);
-			}
+			const isAlive = (cookie: bigint) => {
+				const space = this.#spaceOf(cookie);
+				return space !== undefined && this.host.isAlive(space);
+			};
 
-			held.set(info.name, {name: info.name, cookie, text});
+			const held = readHeld(this.#datapath, isAlive, this.#isTorn);
+			return {held: new Map(held), text: [...[...held.values()].map(({name, text}) => `${name} ${text}`).sort(), ...readAddresses(this.#datapath)].join('\n')};
+		} catch (error) {
+			throw new Error(`${reasonOf(error)}; ${this.#context()}`, {cause: error});
 		}
-
-		if (steered.size > 0 && !this.#isTorn) {
-			throw new Error(`links of ${[...steered].join()}, which are no pods; ${this.#context()}`);
-		}
-
-		return held;
-	}
-
-	#textOf(held: ReadonlyMap<string, Held>): string {
-		return [...[...held.values()].map(({name, text}) => `${name} ${text}`).sort(), this.#readAddresses()].join('\n');
-	}
-
-	#readAddresses(): string {
-		return this.#datapath.maps.addresses.entries().map(([{address, bits}, cookie]) => `${address}/${bits} ${cookie}`).sort().join('\n');
 	}
 
 	/** Every address is its pod's; one that two have had, that one's who has it now. */
@@ -1041,7 +846,7 @@ class Play {
 		}
 
 		const wanted = [...owners].map(([address, {space: {cookie}}]) => `${address}/128 ${cookie}`).sort().join('\n');
-		const is = this.#readAddresses();
+		const is = readAddresses(this.#datapath).join('\n');
 		if (wanted !== is) {
 			const [missing, extra] = [[wanted, is], [is, wanted]].map(([one, other]) => one!.split('\n').filter(line => !other!.split('\n').includes(line)));
 			const concerned = this.live.filter(({name}) => [...missing!, ...extra!].some(line => entries.get(name)?.addresses.includes(line.split('/')[0]!)));
@@ -1052,19 +857,19 @@ class Play {
 	/** Of a captured pod, at each turn another. */
 	#compareSettings(entries: ReadonlyMap<string, Entry>): void {
 		const [name, entry] = entries.size > 0 ? this.draw.one([...entries]) : [];
-		if (!entry || !this.host.isAlive(entry.space) || lookAt(this.#facts(this.live.find(history => history.name === name)!), undefined, this.host)?.space !== entry.space) {
+		if (!entry || !this.host.isAlive(entry.space) || this.#runtime.unrecorded.has(entry.space) || lookAt(this.#facts(this.live.find(history => history.name === name)!), undefined, this.host)?.space !== entry.space) {
 			return;
 		}
 
-		const wanted = new Set([...settingsOf(entry), ...this.#presets.get(entry.space) ?? []]);
+		const wanted = new Set([...settingsOf(entry), ...this.#runtime.presets.get(entry.space) ?? []]);
 		this.#compareSets(`settings in the namespace of ${name}`, wanted, this.host.settings(entry.space), this.live.find(history => history.name === name)!);
 	}
 
 	/** What was captured and lives on is as it was before. */
 	#checkRestored(history: History, now: Entry | undefined): void {
 		const [before] = history.possible;
-		if (before && history.possible.length === 1 && before.space !== now?.space && this.host.isAlive(before.space) && !this.#unrecorded.has(before.space)) {
-			this.#compareSets(`settings left in the former namespace of ${history.name}`, this.#presets.get(before.space) ?? new Set(), this.host.settings(before.space), history);
+		if (before && history.possible.length === 1 && before.space !== now?.space && this.host.isAlive(before.space) && !this.#runtime.unrecorded.has(before.space)) {
+			this.#compareSets(`settings left in the former namespace of ${history.name}`, this.#runtime.presets.get(before.space) ?? new Set(), this.host.settings(before.space), history);
 			this.#count('restored namespaces');
 		}
 	}
@@ -1078,36 +883,16 @@ class Play {
 	/** Ends histories that are over, and takes back the namespaces that nobody has. */
 	#tidy(): void {
 		for (const history of [...this.live]) {
-			if (history.isOver && history.possible.length === 1 && history.possible[0] === undefined && history.silentSince === undefined && (this.#isHearing || !history.heard)) {
+			if (history.isOver && history.possible.length === 1 && history.possible[0] === undefined && history.silentSince === undefined && !history.called && (this.#isHearing || !history.heard)) {
 				this.live.splice(this.live.indexOf(history), 1);
 				this.#count('histories');
 			}
 		}
 
 		const {maps} = this.#datapath;
-		const used = new Set([...this.live.flatMap(({possible}) => possible.map(entry => entry?.space.cookie)), ...this.#datapath.steeredPods()]);
-		for (const space of [...this.#retired]) {
-			if (!used.has(space.cookie) && !maps.pods.get(space.cookie) && !maps.podInfo.get(space.cookie) && this.agent && !this.#isTorn) {
-				this.#retired.delete(space);
-				for (const [address, borrower] of this.#lent) {
-					if (borrower === space) {
-						this.#lent.delete(address);
-					}
-				}
-
-				this.#presets.delete(space);
-				this.#unrecorded.delete(space);
-				if (this.#used.delete(space)) {
-					this.host.clear(space);
-				}
-
-				this.host.setAddresses(space, space.home);
-				this.host.giveBack(space);
-			}
-		}
-
-		for (const space of this.#waiting.splice(0)) {
-			this.host.giveBack(space);
+		const used = new Set([...this.live.flatMap(({possible}) => possible.map(entry => entry?.space.cookie)), ...this.#datapath.steeredPods(), ...maps.pods.keys(), ...maps.podInfo.keys()]);
+		if (this.agent && !this.#isTorn) {
+			this.#runtime.takeBack(({cookie}) => !used.has(cookie));
 		}
 	}
 
@@ -1143,19 +928,6 @@ class Play {
 	failure: Error | undefined;
 }
 
-function textOf({cookie, mode, isSteered, flag, hasDns, ports, ips}: {readonly cookie: bigint; readonly mode: string; readonly isSteered: boolean; readonly flag: boolean; readonly hasDns: boolean; readonly ports: string; readonly ips: readonly string[]}): string {
-	return `${mode} in ${cookie} as ${ips.join(', ')}${hasDns ? ', DNS' : ''}${isSteered ? ', steered' : ''}${flag ? ', inbound' : ''}, ports ${ports}`;
-}
-
-function describe({space, mode, isSteered, hasDns, ports, ips}: Entry): string {
-	const firsts = [ips.find(ip => !ip.includes(':')), ips.find(ip => ip.includes(':'))].filter(ip => ip !== undefined);
-	return textOf({cookie: space.cookie, mode, isSteered, flag: isSteered, hasDns, ports, ips: firsts});
-}
-
-function unique(entries: ReadonlyArray<Entry | undefined>): ReadonlyArray<Entry | undefined> {
-	return [...new Map(entries.map(entry => [entry && `${describe(entry)} ${entry.addresses.join()}`, entry])).values()];
-}
-
 test(`${HISTORIES} histories of pods end, at every step, in what the contract says of them`, async t => {
 	t.timeout(900_000);
 	const seed = Number(process.env['SIDESTEP_SEED'] ?? Date.now() % 1_000_000_007);
@@ -1172,6 +944,6 @@ test(`${HISTORIES} histories of pods end, at every step, in what the contract sa
 	await play.run();
 	const {user, system} = process.cpuUsage(cpu);
 	t.log(`${play.ticks} ticks, ${((clock.realMs - from) / 1000).toFixed(1)} s, ${((user + system) / 1e6).toFixed(1)} s of CPU (${(system / 1e6).toFixed(1)} in the kernel)`);
-	t.log(Object.fromEntries([...play.counts].sort()));
+	t.log(Object.fromEntries([...play.counts, ['addresses of others', play.borrowed] as const].sort()));
 	t.is(play.counts.get('histories'), HISTORIES);
 });
