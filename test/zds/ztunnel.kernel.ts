@@ -1,11 +1,14 @@
 /** The server and a stand-in for ztunnel that is a process of its own: real namespaces, real listeners in them. */
 import {once} from 'node:events';
 import {readdirSync} from 'node:fs';
+import path from 'node:path';
+import {setTimeout as sleep} from 'node:timers/promises';
 import {isDeepStrictEqual} from 'node:util';
 import test from 'ava';
-import {native} from '../../src/native.js';
+import {native, type SeqpacketConnection} from '../../src/native.js';
 import {eventually, type Running} from '../helpers/process.js';
-import {TestNetns, serve, startZtunnel, workload, type ZdsLine} from './helpers.js';
+import {TestNetns, directoryOf, serve, startZtunnel, workload, type ZdsLine} from './helpers.js';
+import {SNAPSHOT_SENT, del, keep} from './peer.js';
 
 const AF_INET = 2;
 const SOCK_STREAM = 1;
@@ -81,6 +84,63 @@ test.serial('an agent that restarts: what ztunnel has stays, what is gone goes, 
 	server.put(workload('hidden', hidden.open));
 	t.is((await server.settled('hidden', 30_000)).kind, 'acknowledged');
 	t.is(ztunnel.hasEnded, false, ztunnel.stderr);
+});
+
+test.serial('a held snapshot: ztunnel keeps what it has until all pods were put, and has a protocol error nowhere', async t => {
+	const first = serve(t);
+	const [early, late, hidden, goes] = [new TestNetns(t), new TestNetns(t), new TestNetns(t), new TestNetns(t)] as const;
+	const ztunnel = startZtunnel(t, first.socketPath);
+	const namespaces = {early, late, hidden, goes};
+	for (const [uid, {open}] of Object.entries(namespaces)) {
+		first.server.put(workload(uid, open));
+		t.is((await first.server.settled(uid, 30_000)).kind, 'acknowledged');
+	}
+
+	first.server.close();
+	await ztunnel.until('it is disconnected', () => told(ztunnel).includes('disconnected'));
+	const before = told(ztunnel).length;
+	const {server} = serve(t, {socketPath: first.socketPath, isHeld: true});
+	server.put(workload('early', early.open));
+	server.put(workload('goes', goes.open));
+	t.is((await server.settled('goes', 30_000)).kind, 'acknowledged');
+	server.remove('goes');
+	await sleep(500);
+	t.deepEqual(Object.values(namespaces).map(netns => reach(netns)), ['ok', 'ok', 'ok', 'ok']);
+
+	server.put(workload('late', late.open));
+	server.put(workload('hidden', () => undefined));
+	server.release();
+	await ztunnel.until('it has told of all', () => told(ztunnel).at(-1) === 'delete goes');
+	t.deepEqual(told(ztunnel).slice(before), ['connected', 'add early', 'add goes', 'add late', 'keep hidden', 'snapshot 4', 'delete goes']);
+	t.deepEqual(Object.values(namespaces).map(netns => reach(netns)), ['ok', 'ok', 'ok', 'ECONNREFUSED']);
+	t.false(ztunnel.hasEnded, ztunnel.stderr);
+});
+
+test.serial('ztunnel\'s stand-in ends itself at what the real one takes for an error of the protocol', async t => {
+	for (const [packets, error] of [
+		[[del('a')], 'Del before the snapshot\'s end'], [[SNAPSHOT_SENT, keep('a')], 'Keep after the snapshot'], [[SNAPSHOT_SENT, SNAPSHOT_SENT], 'a second snapshot'],
+	] as const) {
+		const socketPath = path.join(directoryOf(t), 'ztunnel.sock');
+		const connections: SeqpacketConnection[] = [];
+		const listener = native.listenSeqpacket(socketPath, 0o600, {
+			onConnection(connection) {
+				connections.push(connection);
+			},
+			onError(error) {
+				t.fail(error.message);
+			},
+		});
+		const ztunnel = startZtunnel(t, socketPath);
+		await eventually('it is connected', () => connections.length > 0);
+		for (const packet of packets) {
+			connections[0]!.send(Buffer.from(packet, 'hex'));
+		}
+
+		t.is(await ztunnel.ended, 3);
+		t.is(ztunnel.stderr, `protocol error: ${error}\n`);
+		connections[0]!.close();
+		listener.close();
+	}
 });
 
 test.serial('a namespace that ztunnel cannot serve is refused with its word; ztunnel tries again, and putting it again tells', async t => {
