@@ -198,15 +198,21 @@ export class CniInstaller {
 		this.#waitForTurn();
 		if (isList(network.file)) {
 			replaceUnchanged(network, {...network.value, plugins});
+			this.#countRepair();
 			log(`put the CNI plugin into ${network.file}`);
 			return;
 		}
 
 		// Until the second step the runtimes go on with the file that they know, as its name comes first; or with the list, where it does.
 		const list = listBeside(network.file);
+		if (existsSync(list) && !readFileSync(list, 'utf8').includes(PLUGIN_NAME)) {
+			throw new HostError(`${network.file} cannot be made a list (${list} is there, and another program's)`, 'remove the one of the two that is not needed; the runtimes read the first');
+		}
+
 		replaceFile(list, toText({cniVersion: network.value['cniVersion'], name: network.value['name'], plugins}), statSync(network.file));
 		renameSync(network.file, network.file + SAVED);
 		syncDirectory(confDir);
+		this.#countRepair();
 		log(`made ${list} of ${network.file}, with the CNI plugin; the file is kept as ${network.file}${SAVED}`);
 	}
 
@@ -215,13 +221,17 @@ export class CniInstaller {
 		return {type: PLUGIN_NAME, socket: socketPath, timeoutSeconds, ...(excludeNamespaces.length > 0 ? {excludeNamespaces} : {})};
 	}
 
-	/** Counts a change of a network. @throws HostError when it is not our turn: another program undoes each. */
+	/** @throws HostError when it is not our turn: another program undoes each change. */
 	#waitForTurn(): void {
 		const now = performance.now();
 		if (now < this.#pausedUntil) {
 			throw new HostError(this.#fight(), `find out which one and stop it; put back in ${Math.ceil((this.#pausedUntil - now) / 1000)} s, and pods that start until then are captured late`);
 		}
+	}
 
+	/** Counts a change of a network that was made; one that failed was undone by nobody. */
+	#countRepair(): void {
+		const now = performance.now();
 		this.#repairs = [...this.#repairs.filter(at => now - at < CALM_MS), now];
 		if (this.#repairs.length > CALM_REPAIRS) {
 			this.#pauseMs = Math.min(LONGEST_PAUSE_MS, Math.max(1000, 2 * this.#pauseMs));

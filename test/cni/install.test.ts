@@ -189,6 +189,40 @@ test('put back: the chain rewritten, a new first network, the file removed', asy
 	t.true(chained('10-calico.conflist')(), 'the one of before still has it');
 });
 
+test('a change that fails again and again is told with its own reason, and is nobody else\'s doing', t => {
+	const host = new Host(t);
+	host.write('10-calico.conflist', CHAIN);
+	const inTheWay = host.conf('10-calico.conflist.sidestep-new');
+	mkdirSync(inTheWay);
+	for (let i = 0; i < 20; i++) {
+		t.throws(() => {
+			host.installer.install();
+		}, {instanceOf: HostError, message: /the CNI plugin cannot be installed/});
+		t.notRegex(host.installer.state.problem!, /another program/);
+	}
+
+	rmSync(inTheWay, {recursive: true});
+	host.installer.install();
+	t.deepEqual(host.installer.state, {installed: true});
+});
+
+test('a .conf beside another program\'s list of that name: neither is touched', t => {
+	const host = new Host(t);
+	const single = {cniVersion: '1.0.0', name: 'single', type: 'bridge'};
+	host.write('10-net.conf', single);
+	host.write('10-net.conflist', CHAIN);
+	for (let i = 0; i < 20; i++) {
+		t.throws(() => {
+			host.installer.install();
+		}, {instanceOf: HostError, message: /10-net\.conf cannot be made a list \(.*10-net\.conflist is there, and another program's\): remove/});
+	}
+
+	t.deepEqual([host.read('10-net.conf'), host.read('10-net.conflist'), host.names()], [single, CHAIN, ['10-net.conf', '10-net.conflist']]);
+	unlinkSync(host.conf('10-net.conf'));
+	host.installer.install();
+	t.deepEqual(host.read('10-net.conflist'), CHAINED);
+});
+
 test('a network that is written slowly is taken when it is whole', async t => {
 	const host = new Host(t, {checkMs: 3_600_000});
 	const text = JSON.stringify(CHAIN);
