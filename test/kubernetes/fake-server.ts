@@ -381,13 +381,14 @@ export class FakeApiServer {
 			return;
 		}
 
-		const [, namespace, name, subresource] = /^\/api\/v1\/namespaces\/([^/]+)\/pods\/([^/]+)(\/status)?$/.exec(record.path) ?? [];
-		if (name !== undefined && method === 'GET' && subresource === undefined) {
-			const pod = this.#objects.pods.get(`${namespace}/${name}`);
-			if (pod) {
-				this.#respond(response, record, 200, {kind: 'Pod', apiVersion: 'v1', ...pod});
+		const [, namespace, name, subresource] = /^\/api\/v1\/namespaces\/([^/]+)(?:\/pods\/([^/]+)(\/status)?)?$/.exec(record.path) ?? [];
+		if (namespace !== undefined && method === 'GET' && subresource === undefined) {
+			const [kind, key] = name === undefined ? ['namespaces', namespace] as const : ['pods', `${namespace}/${name}`] as const;
+			const object = this.#objects[kind].get(key);
+			if (object) {
+				this.#respond(response, record, 200, {kind: PLURAL[kind].kind, apiVersion: 'v1', ...object});
 			} else {
-				this.#refuse(response, record, 404, 'NotFound', `pods "${name}" not found`);
+				this.#refuse(response, record, 404, 'NotFound', `${kind} "${name ?? namespace}" not found`);
 			}
 
 			return;
