@@ -102,7 +102,9 @@ export class Announcer {
 				this.#put(pod, () => reopenNetns(file));
 			}
 
-			this.#report(pod);
+			if (file || pod.deletionTimestamp === undefined) {
+				this.#report(pod);
+			}
 		}
 	}
 

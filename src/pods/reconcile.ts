@@ -127,7 +127,9 @@ export class Reconciler {
 					opened.set(name, openPod(spec, spec.wish.capture, this.options.proc));
 				}
 			} catch (error) {
-				this.#failures.set(name, asPodError(name, error));
+				if (!spec?.isEnding) {
+					this.#failures.set(name, asPodError(name, error));
+				}
 			}
 		}
 
