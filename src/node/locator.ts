@@ -91,7 +91,7 @@ export class Locator {
 		}
 
 		const pids = pod.uids.flatMap(id => this.#podProcesses().get(id) ?? []);
-		const file = this.#firstOf(pids, pod.ips, known ?? this.former(pod.name)) ?? this.#former(pod);
+		const file = this.#firstOf(pids, pod.ips) ?? this.#former(pod);
 		if (!file && this.knows(uid!)) {
 			return known!.path;
 		}
@@ -107,10 +107,9 @@ export class Locator {
 		return file.path;
 	}
 
-	/** The namespace of `before`, if a process is in it still; else that of the oldest process, of those that have the pod's addresses: what a container unshares by itself is none. */
-	#firstOf(pids: readonly string[], ips: readonly string[], before: NetnsIdentity | undefined): NetnsFile | undefined {
+	/** The oldest process's whose namespace is the pod's: what a container unshares by itself is none. */
+	#firstOf(pids: readonly string[], ips: readonly string[]): NetnsFile | undefined {
 		const seen = new Set<string>();
-		let oldest: NetnsFile | undefined;
 		for (const pid of [...pids].sort((a, b) => startTime(this.proc, a) - startTime(this.proc, b))) {
 			const file = path.join(this.proc, pid, 'ns/net');
 			let netns: NetNs;
@@ -124,11 +123,7 @@ export class Locator {
 			try {
 				const id = `${netns.device} ${netns.inode}`;
 				if (!seen.has(id) && !isHostNetns(netns, this.proc) && hasAddresses(netns, ips)) {
-					const {device, inode} = netns;
-					oldest ??= {path: file, device, inode};
-					if (!before || (device === before.device && inode === before.inode)) {
-						return {path: file, device, inode};
-					}
+					return {path: file, device: netns.device, inode: netns.inode};
 				}
 
 				seen.add(id);
@@ -137,7 +132,7 @@ export class Locator {
 			}
 		}
 
-		return oldest;
+		return undefined;
 	}
 
 	#former({name, ips}: LocatedPod): NetnsFile | undefined {
