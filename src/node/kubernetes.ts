@@ -8,7 +8,7 @@ import {CniServer} from '../cni/server.js';
 import {KubernetesClient, type ClientTiming} from '../kubernetes/client.js';
 import type {ReflectorTiming} from '../kubernetes/reflector.js';
 import {EventWriter, StatusWriter} from '../kubernetes/status.js';
-import type {NetnsFile, NetnsIdentity} from '../pods/facts.js';
+import type {NetnsIdentity, PodNetns} from '../pods/facts.js';
 import type {Round} from '../pods/reconcile.js';
 import type {NodeDefaults} from '../redirect/annotations.js';
 import {ZdsServer} from '../zds/server.js';
@@ -39,7 +39,7 @@ export interface LoopHandle {
 	wake(names: Iterable<string>): void;
 	/** Undefined while the loop has not looked at every pod once. */
 	look(name: string): Round | undefined;
-	namespaceOf(name: string): NetnsFile | undefined;
+	namespaceOf(name: string): PodNetns | undefined;
 	/** Of the kernel's entries for a pod of this name, whatever the agent knows of it. */
 	modeInKernel(name: string): string | undefined;
 }
@@ -100,6 +100,7 @@ export class KubernetesNode {
 			...Object.values(this.#pods.reflectors).flatMap(({problem}) => problem ?? []),
 			...(this.#installer?.state.problem === undefined ? [] : [this.#installer.state.problem]),
 			...(this.#cni?.problem === undefined ? [] : [this.#cni.problem]),
+			...(this.#zds.problem === undefined ? [] : [this.#zds.problem]),
 		];
 	}
 
