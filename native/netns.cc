@@ -16,6 +16,7 @@
 
 #include "arguments.h"
 #include "classes.h"
+#include "netlink.h"
 
 /* asm-generic/socket.h, 5.14. */
 static constexpr int kSoNetnsCookie = 71;
@@ -59,7 +60,7 @@ Napi::Function NetNs::Define(Napi::Env env) {
 		InstanceMethod<&NetNs::ChangeRule>("changeRule"),
 		InstanceMethod<&NetNs::ChangeLocalRoute>("changeLocalRoute"),
 		InstanceMethod<&NetNs::ChangeAddress>("changeAddress"),
-		InstanceMethod<&NetNs::Sysctl>("sysctl"),
+		InstanceMethod<&NetNs::Sysctls>("sysctls"),
 		InstanceMethod<&NetNs::SetSysctl>("setSysctl"),
 		InstanceMethod<&NetNs::RunIterator>("runIterator"),
 		InstanceMethod<&NetNs::TestRun>("testRun"),
@@ -103,6 +104,22 @@ int NetNs::SocketInside(Napi::Env env, int family, int type, int protocol) const
 	return Inside(env, subject(), [&] { return Outcome::Of(socket(family, type | SOCK_CLOEXEC, protocol), "socket"); });
 }
 
+Netlink& NetNs::Route(Napi::Env env) {
+	RequireOpen(env, subject().c_str());
+	if (!route_ || route_->failed()) {
+		route_ = std::make_unique<Netlink>(SocketInside(env, AF_NETLINK, SOCK_RAW, NETLINK_ROUTE));
+	}
+	return *route_;
+}
+
+void NetNs::Release() {
+	route_.reset();
+	FdHandle::Release();
+}
+
+/* Here, as a Netlink is whole here only. */
+NetNs::~NetNs() { CloseOnce(); }
+
 Napi::Value NetNs::Socket(const Napi::CallbackInfo& info) {
 	int family = static_cast<int>(IntegerArgument(info, 0, "family"));
 	int type = static_cast<int>(IntegerArgument(info, 1, "type"));
@@ -112,10 +129,10 @@ Napi::Value NetNs::Socket(const Napi::CallbackInfo& info) {
 
 Napi::Value NetNs::Cookie(const Napi::CallbackInfo& info) {
 	Napi::Env env = info.Env();
-	OwnedFd probe{SocketInside(env, AF_UNIX, SOCK_DGRAM, 0)};
+	int socket = Route(env).fd();
 	uint64_t cookie = 0;
 	socklen_t size = sizeof(cookie);
-	Checked(env, "getsockopt(SO_NETNS_COOKIE)", subject(), [&] { return getsockopt(probe.fd, SOL_SOCKET, kSoNetnsCookie, &cookie, &size); });
+	Checked(env, "getsockopt(SO_NETNS_COOKIE)", subject(), [&] { return getsockopt(socket, SOL_SOCKET, kSoNetnsCookie, &cookie, &size); });
 	return Napi::BigInt::New(env, cookie);
 }
 
