@@ -2,6 +2,7 @@
 #include <linux/magic.h>
 #include <linux/nsfs.h>
 #include <linux/sockios.h>
+#include <pthread.h>
 #include <sched.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
@@ -11,8 +12,6 @@
 
 #include <cerrno>
 #include <new>
-#include <system_error>
-#include <thread>
 
 #include "arguments.h"
 #include "classes.h"
@@ -21,27 +20,68 @@
 /* asm-generic/socket.h, 5.14. */
 static constexpr int kSoNetnsCookie = 71;
 
+namespace {
+
+struct Visit {
+	const std::function<Outcome()>& act;
+	Outcome outcome;
+
+	static void* Make(void* visit) {
+		auto& [act, outcome] = *static_cast<Visit*>(visit);
+		try {
+			outcome = act();
+		} catch (const std::bad_alloc&) {
+			outcome = {-1, ENOMEM, "malloc"};
+		}
+		return nullptr;
+	}
+};
+
+/* For threads that this one waits for. */
+class OnThisCpu {
+ public:
+	OnThisCpu() {
+		pthread_attr_init(&attributes_);
+		int cpu = sched_getcpu();
+		if (cpu >= 0 && cpu < CPU_SETSIZE) {
+			cpu_set_t only;
+			CPU_ZERO(&only);
+			CPU_SET(cpu, &only);
+			pthread_attr_setaffinity_np(&attributes_, sizeof(only), &only);
+		}
+	}
+	~OnThisCpu() { pthread_attr_destroy(&attributes_); }
+	OnThisCpu(const OnThisCpu&) = delete;
+	OnThisCpu& operator=(const OnThisCpu&) = delete;
+	const pthread_attr_t* get() const { return &attributes_; }
+
+ private:
+	pthread_attr_t attributes_;
+};
+
+}  // namespace
+
 /*
  * Runs `act` on a thread that lives for just that: setns and unshare change the calling thread, and a JS or libuv pool thread would take
- * the namespace into later file and socket calls.
+ * the namespace into later file and socket calls. The kernel likes to put a new thread onto another CPU, where it waits for whoever is busy there,
+ * often for a whole tick (4 ms); this one is idle from now on.
  */
 static int OnThreadOfItsOwn(Napi::Env env, const std::string& subject, const std::function<Outcome()>& act) {
-	Outcome outcome;
-	try {
-		std::thread([&] {
-			try {
-				outcome = act();
-			} catch (const std::bad_alloc&) {
-				outcome = {-1, ENOMEM, "malloc"};
-			}
-		}).join();
-	} catch (const std::system_error& error) {
-		outcome = {-1, error.code().value(), "pthread_create"};
+	Visit visit{act, {}};
+	pthread_t thread;
+	int error = pthread_create(&thread, OnThisCpu().get(), Visit::Make, &visit);
+	if (error == EINVAL) {
+		/* This CPU was taken from us in between. */
+		error = pthread_create(&thread, nullptr, Visit::Make, &visit);
 	}
-	if (outcome.error) {
-		ThrowErrno(env, outcome.error, outcome.syscall, subject);
+	if (error) {
+		ThrowErrno(env, error, "pthread_create", subject);
 	}
-	return outcome.fd;
+	pthread_join(thread, nullptr);
+	if (visit.outcome.error) {
+		ThrowErrno(env, visit.outcome.error, visit.outcome.syscall, subject);
+	}
+	return visit.outcome.fd;
 }
 
 Napi::Function NetNs::Define(Napi::Env env) {
