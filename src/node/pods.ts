@@ -262,7 +262,7 @@ export class NodePods {
 		}
 
 		const hash = pod.annotations[STATIC_POD_HASH];
-		return {name, wish, ips, findNetns: () => this.#options.locator.find({name, uids: [pod.uid, ...(hash === undefined ? [] : [hash])], ips})};
+		return {name, wish, ips, isEnding: pod.deletionTimestamp !== undefined, findNetns: () => this.#options.locator.find({name, uids: [pod.uid, ...(hash === undefined ? [] : [hash])], ips})};
 	}
 
 	#wishFor(pod: PodObject, namespaceLabels: Readonly<Record<string, string>>): Wish {

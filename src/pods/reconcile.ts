@@ -11,7 +11,7 @@ import {POD_INBOUND, POD_KEEP_SOURCE, type NetnsCookie, type PodInfo} from '../m
 import {applyChange, readKernel} from '../redirect/apply.js';
 import {addressId, plan, type Change, type KernelIndex} from '../redirect/plan.js';
 import {compilePolicy, type PodPolicy} from '../redirect/policy.js';
-import {openPod, reopenNetns, scanNetns, type NetnsFile, type NetnsIdentity, type NetnsScan, type OpenedPod} from './facts.js';
+import {openPod, reopenNetns, scanNetns, type NetnsFile, type NetnsIdentity, type NetnsScan, type OpenedPod, type PodNetns} from './facts.js';
 import {KEEPS_SOURCES, prepareNamespace, restoreNamespace} from './namespace.js';
 import {readSockets, resetAccelerated, resetKeptSources, resetMissed} from './sockets.js';
 import type {NetNs} from '../native.js';
@@ -58,8 +58,9 @@ export class Reconciler {
 	constructor(readonly datapath: Datapath, readonly options: RoundOptions) {}
 
 	/** @returns undefined for a pod that is not enrolled as it should be. */
-	namespaceOf(name: string): NetnsFile | undefined {
-		return this.#failures.has(name) ? undefined : this.#known.get(name)?.file;
+	namespaceOf(name: string): PodNetns | undefined {
+		const known = this.#failures.has(name) ? undefined : this.#known.get(name);
+		return known && {...known.file, cookie: known.policy.cookie};
 	}
 
 	/** Where the kernel has a pod of this name captured, as of the last round. */
@@ -127,7 +128,9 @@ export class Reconciler {
 					opened.set(name, openPod(spec, spec.wish.capture, this.options.proc));
 				}
 			} catch (error) {
-				this.#failures.set(name, asPodError(name, error));
+				if (!spec?.isEnding) {
+					this.#failures.set(name, asPodError(name, error));
+				}
 			}
 		}
 
@@ -387,7 +390,7 @@ class Turn {
 
 		try {
 			const file = this.files.get(cookie);
-			leaveNamespace(this.datapath, info, this.options.proc, identity => (file && reopenNetns(file)) ?? this.#find(identity, cookie));
+			leaveNamespace(this.datapath, info, this.options.proc, identity => (file && reopenNetns(file, cookie)) ?? this.#find(identity, cookie));
 		} catch (error) {
 			this.failures.set(name, new PodError(name, `it is not captured any more, but settings in its namespace could not be taken back (${reasonOf(error)})`, {cause: error}));
 		}
