@@ -101,7 +101,7 @@ test('namespaces are not heard of any more: a pod of one that is captured meanwh
 	await cluster.agent(['--cni']);
 	cluster.api.behave({event: 'half', applies: ({path}) => path === '/api/v1/namespaces'});
 	cluster.namespace('shop', AMBIENT);
-	const {code, error} = await cluster.cni('ADD', sandbox(cluster, 'shop/web'), {timeoutSeconds: 3});
+	const {code, error} = await cluster.cni('ADD', sandbox(cluster, 'shop/web'), {timeoutSeconds: 10});
 	t.not(code, 0);
 	t.regex(`${error?.msg} ${error?.details}`, /has not heard yet that it is to be captured/);
 });
@@ -112,7 +112,7 @@ test('an agent with another node\'s name: pods do not start, and the reason name
 	await cluster.agent(['--cni']);
 	const web = sandbox(cluster, 'shop/web');
 	cluster.put(web, {ips: [], phase: 'Pending', nodeName: 'node-2'});
-	const {code, error} = await cluster.cni('ADD', web, {timeoutSeconds: 3});
+	const {code, error} = await cluster.cni('ADD', web, {timeoutSeconds: 10});
 	t.not(code, 0);
 	t.regex(`${error?.msg} ${error?.details}`, /node node-2 .* node-1/);
 });
