@@ -365,7 +365,8 @@ static Answer Ask(const std::string& path, const char* command, const std::strin
 
 static void AskUntilAnswered(const NetConf& conf, const char* command, const std::string& body) {
 	int64_t deadline = NowMs() + conf.timeout_seconds * 1000;
-	std::string why;
+	/* Why not this time, and what the agent last said, which may be some tries ago. */
+	std::string why, said;
 	for (int pause = kFirstPauseMs;; pause = std::min(2 * pause, kLongestPauseMs)) {
 		std::string before = why;
 		try {
@@ -376,19 +377,20 @@ static void AskUntilAnswered(const NetConf& conf, const char* command, const std
 			if (answer.status != 503) {
 				throw Failure{REFUSED_BY_AGENT, "the sidestep agent refused: " + answer.body.substr(0, 2000), "HTTP status " + std::to_string(answer.status) + " at " + conf.socket};
 			}
-			why = "it says: " + answer.body.substr(0, 2000);
+			why = said = "it says: " + answer.body.substr(0, 2000);
 		} catch (const NoAnswer& none) {
 			why = none.why;
 		}
 		if (why != before) {
 			Log("waiting for the agent at " + conf.socket + " (" + why + ")");
 		}
-		int64_t left = deadline - NowMs();
-		if (left <= 0) {
-			throw Failure{TRY_AGAIN_LATER, "the sidestep agent did not let the pod start in " + std::to_string(conf.timeout_seconds) + " s (" + why + "): without it the pod would start uncaptured",
+		poll(nullptr, 0, static_cast<int>(std::clamp<int64_t>(deadline - NowMs(), 0, pause)));
+		if (NowMs() >= deadline) {
+			/* The last try mostly ends in the middle of a call. */
+			std::string reason = said.empty() || said == why ? why : said + "; then: " + why;
+			throw Failure{TRY_AGAIN_LATER, "the sidestep agent did not let the pod start in " + std::to_string(conf.timeout_seconds) + " s (" + reason + "): without it the pod would start uncaptured",
 				"see whether the agent's pod on this node is ready, and its log; kubelet tries again by itself. Socket: " + conf.socket};
 		}
-		poll(nullptr, 0, static_cast<int>(std::min<int64_t>(pause, left)));
 	}
 }
 

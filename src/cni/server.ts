@@ -5,22 +5,24 @@ the pod's start until it is answered.
 200: go on. 503: not now; the plugin asks again, whichever agent listens then, until its patience is over. Anything else fails the pod's start, with the
 text as the reason.
 */
-import {chmodSync, lstatSync, mkdirSync, unlinkSync} from 'node:fs';
+import {chmodSync, lstatSync, mkdirSync, renameSync, rmSync} from 'node:fs';
 import {createServer, type IncomingMessage, type Server, type ServerResponse} from 'node:http';
 import {connect, isIP} from 'node:net';
 import path from 'node:path';
 import {AgentError, HostError, InputError, hasErrno, reasonOf} from '../errors.js';
+import {SocketFile} from '../socket-file.js';
 
 /** Where the plugin looks when its configuration does not say. */
 export const DEFAULT_CNI_SOCKET = '/var/run/sidestep/cni.sock';
+/** It is bound under another name first. */
+const TEMPORARY = '.new';
 /** `sun_path` has room for 108 bytes, the last of which is zero. */
-const MAX_SOCKET_PATH = 107;
+const MAX_SOCKET_PATH = 107 - TEMPORARY.length;
 const MAX_BODY = 64 * 1024;
 const MAX_TEXT = 4096;
 const MAX_IPS = 64;
 /** For a request to come in whole; the plugin sends it at once. */
 const REQUEST_TIMEOUT_MS = 5000;
-const SOCKET_CHECK_MS = 5000;
 
 /** What the runtime says about a pod. Nothing of it but the shape is checked. */
 export interface CniCall {
@@ -65,7 +67,7 @@ export type CniCounters = Record<CniCommand, Record<CniResult, number>>;
 const noCalls = (): Record<CniResult, number> => ({ok: 0, failed: 0, retry: 0, gone: 0});
 
 export interface CniServerOptions {
-	/** At most 107 bytes. Its directory is made if need be, for root only. */
+	/** At most 103 bytes. Its directory is made if need be, for root only. */
 	readonly socketPath: string;
 	readonly log: (line: string) => void;
 	readonly handler: CniHandler;
@@ -78,17 +80,22 @@ export class CniServer {
 	readonly counters: CniCounters = {add: noCalls(), check: noCalls(), del: noCalls()};
 	/** Requests that were no call: unknown path, no JSON, wrong types, too large. */
 	refused = 0;
-	/** Why the plugin cannot reach us now. */
-	problem: string | undefined;
 	readonly #options: CniServerOptions;
+	readonly #file: SocketFile;
 	readonly #inFlight = new Set<() => void>();
-	#server: Server | undefined;
-	#inode = 0n;
-	#timer: NodeJS.Timeout | undefined;
+	/** Those of before a file was made again end when their last call is answered. */
+	readonly #servers = new Set<Server>();
 	#isClosed = false;
 
 	constructor(options: CniServerOptions) {
 		this.#options = options;
+		const {socketPath: path, checkMs, log} = options;
+		this.#file = new SocketFile({title: 'the CNI socket', path, checkMs, log, open: async () => this.#open()});
+	}
+
+	/** Why the plugin cannot reach us now. */
+	get problem(): string | undefined {
+		return this.#file.problem;
 	}
 
 	/** Calls that are being handled now. */
@@ -102,84 +109,76 @@ export class CniServer {
 	@throws HostError when another process listens there, or the path is no socket or not to be had.
 	*/
 	async listen(): Promise<void> {
-		const {socketPath, checkMs = SOCKET_CHECK_MS} = this.#options;
+		const {socketPath} = this.#options;
 		if (!path.isAbsolute(socketPath) || Buffer.byteLength(socketPath) > MAX_SOCKET_PATH) {
 			throw new InputError('CNI socket', `expected an absolute path of at most ${MAX_SOCKET_PATH} bytes, got '${socketPath}'`);
 		}
 
 		await this.#open();
-		this.#timer = setInterval(async () => this.#lookAfter(), checkMs).unref();
+		this.#file.lookAfter();
 	}
 
 	/** Takes no more calls, and answers those in flight with 503, so that the plugin asks the next agent. Resolves when they have been answered. */
 	async close(): Promise<void> {
 		this.#isClosed = true;
-		clearInterval(this.#timer);
-		const server = this.#server;
-		if (!server) {
-			return;
-		}
-
-		const closed = new Promise(resolve => {
-			// Takes the socket's file away as well.
+		this.#file.close();
+		this.#file.remove();
+		const servers = [...this.#servers];
+		const closed = Promise.all(servers.map(async server => new Promise(resolve => {
 			server.close(resolve);
-		});
+		})));
 		for (const answerRetry of this.#inFlight) {
 			answerRetry();
 		}
 
 		// A client that does not read its answer is not waited for.
 		const late = setTimeout(() => {
-			server.closeAllConnections();
+			for (const server of servers) {
+				server.closeAllConnections();
+			}
 		}, 1000);
-		server.closeIdleConnections();
+		for (const server of servers) {
+			server.closeIdleConnections();
+		}
+
 		await closed;
 		clearTimeout(late);
 	}
 
-	/** Somebody may clear the directory. What is there in place of our socket is left alone, and said. */
-	async #lookAfter(): Promise<void> {
-		const {socketPath, log} = this.#options;
-		const inode = inodeOf(socketPath);
-		if (inode === this.#inode) {
-			return;
-		}
-
-		try {
-			if (inode === 0n) {
-				this.#server!.close();
-			}
-
-			await this.#open();
-			this.problem = undefined;
-			log(`the CNI socket ${socketPath} was gone: made again`);
-		} catch (error) {
-			if (this.problem !== reasonOf(error)) {
-				log(reasonOf(error));
-			}
-
-			this.problem = reasonOf(error);
-		}
-	}
-
+	/** Replaces what is at the path if it is a dead agent's socket, or our own of before. */
 	async #open(): Promise<void> {
 		const {socketPath} = this.#options;
+		const temporary = socketPath + TEMPORARY;
 		const server = createServer({requestTimeout: REQUEST_TIMEOUT_MS, headersTimeout: REQUEST_TIMEOUT_MS, connectionsCheckingInterval: 1000}, async (request, response) => this.#answer(request, response));
 		try {
 			mkdirSync(path.dirname(socketPath), {recursive: true, mode: 0o700});
-			await removeStaleSocket(socketPath);
+			await requireNoRival(socketPath);
+			rmSync(temporary, {force: true});
 			await new Promise<void>((resolve, reject) => {
 				server.once('error', reject);
-				server.listen(socketPath, resolve);
+				server.listen(temporary, resolve);
 			});
-			chmodSync(socketPath, 0o600);
+			if (this.#isClosed) {
+				server.close();
+				return;
+			}
+
+			chmodSync(temporary, 0o600);
+			// A server's close removes the name that it was bound to, whosever file has it by then; so that is one that nobody else uses.
+			renameSync(temporary, socketPath);
 		} catch (error) {
 			server.close();
-			throw error instanceof AgentError ? error : new HostError(`the CNI socket ${socketPath} cannot be listened on (${reasonOf(error)})`, 'choose another place for it, or mount a directory there that can be written', {cause: error});
+			throw error instanceof AgentError ? error : new HostError(`the CNI socket ${socketPath} cannot be listened on (${reasonOf(error)})`, 'choose another place for it, or mount a directory there that can be written (again, if it was made anew on the host)', {cause: error});
 		}
 
-		this.#server = server;
-		this.#inode = inodeOf(socketPath);
+		for (const former of this.#servers) {
+			former.close();
+		}
+
+		this.#servers.add(server);
+		server.once('close', () => {
+			this.#servers.delete(server);
+		});
 	}
 
 	async #answer(request: IncomingMessage, response: ServerResponse): Promise<void> {
@@ -315,13 +314,8 @@ async function readBody(request: IncomingMessage): Promise<string> {
 	return Buffer.concat(chunks).toString();
 }
 
-/** 0 when nothing is there. */
-function inodeOf(file: string): bigint {
-	return lstatSync(file, {bigint: true, throwIfNoEntry: false})?.ino ?? 0n;
-}
-
 /** Nobody listens on a socket that refuses to be connected to; a plain file refuses as well. */
-async function removeStaleSocket(socketPath: string): Promise<void> {
+async function requireNoRival(socketPath: string): Promise<void> {
 	const stat = lstatSync(socketPath, {throwIfNoEntry: false});
 	if (!stat) {
 		return;
@@ -344,13 +338,5 @@ async function removeStaleSocket(socketPath: string): Promise<void> {
 
 	if (!hasErrno(refusal, 'ECONNREFUSED', 'ENOENT')) {
 		throw refusal;
-	}
-
-	try {
-		unlinkSync(socketPath);
-	} catch (error) {
-		if (!hasErrno(error, 'ENOENT')) {
-			throw error;
-		}
 	}
 }

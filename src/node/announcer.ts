@@ -6,8 +6,7 @@ import type {PodSpec} from '../config/pods-file.js';
 import {reasonOf} from '../errors.js';
 import type {PodObject} from '../kubernetes/objects.js';
 import type {EventWriter, StatusWriter} from '../kubernetes/status.js';
-import {reopenNetns, type NetnsFile} from '../pods/facts.js';
-import type {NetNs} from '../native.js';
+import {reopenNetns, type PodNetns} from '../pods/facts.js';
 import type {Round} from '../pods/reconcile.js';
 import type {ZdsServer} from '../zds/server.js';
 
@@ -19,7 +18,7 @@ export interface AnnouncerOptions {
 	readonly pod: (name: string) => PodObject | undefined;
 	readonly spec: (name: string) => PodSpec | undefined;
 	/** Undefined for a pod that is not enrolled as it should be. */
-	readonly namespaceOf: (name: string) => NetnsFile | undefined;
+	readonly namespaceOf: (name: string) => PodNetns | undefined;
 	/** Of the kernel's entries for a pod of this name. */
 	readonly modeInKernel: (name: string) => string | undefined;
 	readonly log: (line: string) => void;
@@ -65,7 +64,7 @@ export class Announcer {
 
 		if (!('leave' in wish) && !zds.has(pod.uid) && !this.options.namespaceOf(name) && this.options.modeInKernel(name) === 'ambient') {
 			// It stays captured, so ztunnel has to keep what it has of it.
-			this.#put(pod, () => undefined);
+			this.#put(pod, undefined);
 		}
 
 		if ('waiting' in wish) {
@@ -99,16 +98,18 @@ export class Announcer {
 		if (wish.capture.mode === 'ambient') {
 			const file = this.options.namespaceOf(name);
 			if (file) {
-				this.#put(pod, () => reopenNetns(file));
+				this.#put(pod, file);
 			}
 
-			this.#report(pod);
+			if (file || pod.deletionTimestamp === undefined) {
+				this.#report(pod);
+			}
 		}
 	}
 
-	#put({uid, namespace, name, serviceAccount}: PodObject, openNetns: () => NetNs | undefined): void {
+	#put({uid, namespace, name, serviceAccount}: PodObject, netns: PodNetns | undefined): void {
 		try {
-			this.options.zds.put({uid, name, namespace, serviceAccount, openNetns});
+			this.options.zds.put({uid, name, namespace, serviceAccount, cookie: netns?.cookie, openNetns: () => netns && reopenNetns(netns, netns.cookie)});
 			this.#uids.set(`${namespace}/${name}`, uid);
 			this.#names.set(uid, `${namespace}/${name}`);
 		} catch (error) {

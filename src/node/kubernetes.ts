@@ -8,7 +8,7 @@ import {CniServer} from '../cni/server.js';
 import {KubernetesClient, type ClientTiming} from '../kubernetes/client.js';
 import type {ReflectorTiming} from '../kubernetes/reflector.js';
 import {EventWriter, StatusWriter} from '../kubernetes/status.js';
-import type {NetnsFile, NetnsIdentity} from '../pods/facts.js';
+import type {NetnsIdentity, PodNetns} from '../pods/facts.js';
 import type {Round} from '../pods/reconcile.js';
 import type {NodeDefaults} from '../redirect/annotations.js';
 import {ZdsServer} from '../zds/server.js';
@@ -39,7 +39,7 @@ export interface LoopHandle {
 	wake(names: Iterable<string>): void;
 	/** Undefined while the loop has not looked at every pod once. */
 	look(name: string): Round | undefined;
-	namespaceOf(name: string): NetnsFile | undefined;
+	namespaceOf(name: string): PodNetns | undefined;
 	/** Of the kernel's entries for a pod of this name, whatever the agent knows of it. */
 	modeInKernel(name: string): string | undefined;
 }
@@ -97,29 +97,37 @@ export class KubernetesNode {
 	get problems(): readonly string[] {
 		return [
 			...(this.#pods.isSynced ? [] : ['the API server has not told of all pods yet']),
+			...Object.values(this.#pods.reflectors).flatMap(({problem}) => problem ?? []),
 			...(this.#installer?.state.problem === undefined ? [] : [this.#installer.state.problem]),
 			...(this.#cni?.problem === undefined ? [] : [this.#cni.problem]),
+			...(this.#zds.problem === undefined ? [] : [this.#zds.problem]),
 		];
 	}
 
 	/**
-	Listens, and follows the API server.
+	ztunnel and the CNI plugin can connect; they wait until the first round is done.
 
-	@returns when all pods that there were are in {@link specs}; or `signal` aborted.
 	@throws HostError when a socket is taken.
 	*/
-	async start(loop: LoopHandle, signal: AbortSignal): Promise<void> {
-		this.#loop = loop;
+	async listen(): Promise<void> {
 		this.#zds.listen();
 		if (this.options.cni) {
 			this.#cni = new CniServer({
 				socketPath: this.options.cni.socketPath,
 				log: this.log,
-				handler: cniHandler({pods: this.#pods, zds: this.#zds, look: name => loop.look(name), namespaceOf: name => loop.namespaceOf(name)}),
+				handler: cniHandler({pods: this.#pods, zds: this.#zds, look: name => this.#loop?.look(name), namespaceOf: name => this.#loop?.namespaceOf(name)}),
 			});
 			await this.#cni.listen();
 		}
+	}
 
+	/**
+	Follows the API server.
+
+	@returns when all pods that there were are in {@link specs}; or `signal` aborted.
+	*/
+	async start(loop: LoopHandle, signal: AbortSignal): Promise<void> {
+		this.#loop = loop;
 		await new Promise<void>(resolve => {
 			if (signal.aborted) {
 				resolve();

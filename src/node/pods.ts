@@ -26,13 +26,17 @@ export interface NodePodsOptions {
 /** A pod that the CNI call tells of is often not in the cache yet. One that is not there after so long, with a server that answers, was deleted meanwhile. */
 const CALLED_MS = 60_000;
 
-/** A pod that the CNI call told of before the watch did. */
-interface CalledPod {
+/** What decides. */
+interface Asked {
 	readonly pod: PodObject;
+	readonly namespaceLabels: Readonly<Record<string, string>>;
+}
+
+/** A pod that the CNI call told of before the watch did. */
+interface CalledPod extends Asked {
 	/** Who had its name then, as far as the watch had heard. */
 	readonly formerUid: string | undefined;
 	readonly at: number;
-	readonly namespaceLabels: Readonly<Record<string, string>>;
 }
 
 /** What the CNI call said. */
@@ -116,19 +120,16 @@ export class NodePods {
 	*/
 	async call({name, uid, sandbox, ips, netns}: {readonly name: string; readonly uid: string; readonly sandbox: string; readonly ips: readonly string[]; readonly netns: string}, signal: AbortSignal): Promise<{readonly pod: PodObject; readonly wish: Wish}> {
 		const heard = this.#pods.items.get(name);
-		let pod = heard;
-		if (!pod || !isUid(pod, uid)) {
-			const [namespace, podName] = name.split('/') as [string, string];
-			pod = readPod(await this.#options.client.get(`/api/v1/namespaces/${encodeURIComponent(namespace)}/pods/${encodeURIComponent(podName)}`, {signal}));
-			if (!pod || !isUid(pod, uid)) {
-				throw new InputError(`pod ${name}`, `the API server has no such pod with the uid ${uid}: it was deleted, or replaced by another of its name`);
-			}
+		let found = this.#heard(name, uid);
+		// A watch can fall silent, and what was heard be old: enough to capture a pod, and to be mended later; not enough to let it start uncaptured.
+		if (!found || !('capture' in this.#wishFor(found.pod, found.namespaceLabels))) {
+			found = await this.#ask(name, uid, signal);
 		}
 
-		const namespaceLabels = this.#namespaces.items.get(pod.namespace)?.labels
-			?? readNamespace(await this.#options.client.get(`/api/v1/namespaces/${encodeURIComponent(pod.namespace)}`, {signal}))?.labels;
-		if (!namespaceLabels) {
-			throw new InputError(`pod ${name}`, `what the API server says about its namespace ${pod.namespace} is no namespace`);
+		const {pod, namespaceLabels} = found;
+		const {node} = this.#options;
+		if (pod.nodeName !== '' && pod.nodeName !== node) {
+			throw new InputError(`pod ${name}`, `it starts here and is on node ${pod.nodeName} for the API server, but the agent follows those of ${node}: --node (NODE_NAME) is wrong`);
 		}
 
 		const wish = this.#wishFor(pod, namespaceLabels);
@@ -141,7 +142,35 @@ export class NodePods {
 		}
 
 		this.#update([name]);
+		const specWish = this.#specs.get(name)?.wish;
+		if ('capture' in wish && specWish && 'leave' in specWish) {
+			return {pod, wish: {waiting: `the agent has not heard yet that it is to be captured (so far: ${specWish.leave})`}};
+		}
+
 		return {pod, wish};
+	}
+
+	#heard(name: string, uid: string): Asked | undefined {
+		const pod = this.#pods.items.get(name);
+		const namespaceLabels = pod && this.#namespaces.items.get(pod.namespace)?.labels;
+		return namespaceLabels && isUid(pod, uid) ? {pod, namespaceLabels} : undefined;
+	}
+
+	async #ask(name: string, uid: string, signal: AbortSignal): Promise<Asked> {
+		const {client} = this.#options;
+		const [namespace, podName] = name.split('/').map(part => encodeURIComponent(part)) as [string, string];
+		const [podAnswer, namespaceAnswer] = await Promise.all([client.get(`/api/v1/namespaces/${namespace}/pods/${podName}`, {signal}), client.get(`/api/v1/namespaces/${namespace}`, {signal})]);
+		const pod = readPod(podAnswer);
+		if (!pod || !isUid(pod, uid)) {
+			throw new InputError(`pod ${name}`, `the API server has no such pod with the uid ${uid}: it was deleted, or replaced by another of its name`);
+		}
+
+		const namespaceLabels = readNamespace(namespaceAnswer)?.labels;
+		if (!namespaceLabels) {
+			throw new InputError(`pod ${name}`, `what the API server says about its namespace ${pod.namespace} is no namespace`);
+		}
+
+		return {pod, namespaceLabels};
 	}
 
 	/** Whether the CNI call, or a look at its processes, said that the pod is there. */
@@ -233,7 +262,7 @@ export class NodePods {
 		}
 
 		const hash = pod.annotations[STATIC_POD_HASH];
-		return {name, wish, ips, findNetns: () => this.#options.locator.find({name, uids: [pod.uid, ...(hash === undefined ? [] : [hash])], ips})};
+		return {name, wish, ips, isEnding: pod.deletionTimestamp !== undefined, findNetns: () => this.#options.locator.find({name, uids: [pod.uid, ...(hash === undefined ? [] : [hash])], ips})};
 	}
 
 	#wishFor(pod: PodObject, namespaceLabels: Readonly<Record<string, string>>): Wish {

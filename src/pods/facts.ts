@@ -27,29 +27,29 @@ export interface NetnsFile extends NetnsIdentity {
 	readonly path: string;
 }
 
-/** @returns undefined when it is gone, or the name is another's by now. */
-export function reopenNetns({path, device, inode}: NetnsFile): NetNs | undefined {
-	let netns: NetNs;
-	try {
-		netns = native.openNetns(path);
-	} catch {
-		return undefined;
-	}
-
-	if (netns.device === device && netns.inode === inode) {
-		return netns;
-	}
-
-	netns.close();
-	return undefined;
+/** An enrolled pod's. */
+export interface PodNetns extends NetnsFile {
+	readonly cookie: NetnsCookie;
 }
 
 /**
-The namespace of this name if it is the one of this cookie: inodes are given out again, cookies never.
+@param cookie - where it is known: inodes are given out again, cookies never.
+@returns undefined when it is gone, or the name is another's by now.
+*/
+export function reopenNetns(file: NetnsFile, cookie?: NetnsCookie): NetNs | undefined {
+	try {
+		return openSame(file.path, file, cookie);
+	} catch {
+		return undefined;
+	}
+}
+
+/**
+The namespace of this name if it is still this one.
 
 @throws the kernel's error when it cannot be opened for another reason than that it is gone.
 */
-export function openSame(path: string, {device, inode}: NetnsIdentity, cookie: NetnsCookie): NetNs | undefined {
+export function openSame(path: string, {device, inode}: NetnsIdentity, cookie: NetnsCookie | undefined): NetNs | undefined {
 	let netns: NetNs;
 	try {
 		netns = native.openNetns(path);
@@ -63,7 +63,7 @@ export function openSame(path: string, {device, inode}: NetnsIdentity, cookie: N
 
 	let isSame = false;
 	try {
-		isSame = netns.device === device && netns.inode === inode && netns.cookie() === cookie;
+		isSame = netns.device === device && netns.inode === inode && (cookie === undefined || netns.cookie() === cookie);
 	} finally {
 		if (!isSame) {
 			netns.close();

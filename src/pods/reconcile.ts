@@ -11,7 +11,7 @@ import {POD_INBOUND, POD_KEEP_SOURCE, type NetnsCookie, type PodInfo} from '../m
 import {applyChange, readKernel} from '../redirect/apply.js';
 import {addressId, plan, type Change, type KernelIndex} from '../redirect/plan.js';
 import {compilePolicy, type PodPolicy} from '../redirect/policy.js';
-import {openPod, openSame, scanNetns, type NetnsFile, type NetnsIdentity, type NetnsScan, type OpenedPod} from './facts.js';
+import {openPod, openSame, scanNetns, type NetnsFile, type NetnsIdentity, type NetnsScan, type OpenedPod, type PodNetns} from './facts.js';
 import {KEEPS_SOURCES, prepareNamespace, restoreNamespace} from './namespace.js';
 import {readSockets, resetAccelerated, resetKeptSources, resetMissed} from './sockets.js';
 import type {NetNs} from '../native.js';
@@ -71,8 +71,9 @@ export class Reconciler {
 	constructor(readonly datapath: Datapath, readonly options: RoundOptions) {}
 
 	/** @returns undefined for a pod that is not enrolled as it should be. */
-	namespaceOf(name: string): NetnsFile | undefined {
-		return this.#memory.failures.has(name) ? undefined : this.#memory.known.get(name)?.file;
+	namespaceOf(name: string): PodNetns | undefined {
+		const known = this.#memory.failures.has(name) ? undefined : this.#memory.known.get(name);
+		return known && {...known.file, cookie: known.policy.cookie};
 	}
 
 	/** Where the kernel has a pod of this name captured, as of the last round. */
@@ -160,7 +161,10 @@ export class Reconciler {
 					cookies.set(name, pod.facts.cookie);
 				}
 			} catch (error) {
-				failures.set(name, asPodError(name, error));
+				if (!spec?.isEnding) {
+					failures.set(name, asPodError(name, error));
+				}
+
 				if (isNowhere(error)) {
 					cookies.delete(name);
 				}

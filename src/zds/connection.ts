@@ -45,7 +45,7 @@ export type Verdict =
 export interface Told {
 	readonly revision: number;
 	/** Of the namespace that it was given; undefined when it was none. */
-	readonly identity: string | undefined;
+	readonly cookie: bigint | undefined;
 	verdict?: Verdict;
 }
 
@@ -72,11 +72,9 @@ export class Connection {
 	#isClosed = false;
 	#deadline: NodeJS.Timeout;
 
+	/** @throws the kernel's error when the socket cannot be used. */
 	constructor(readonly socket: SeqpacketConnection, readonly ackTimeoutMs: number, readonly events: ConnectionEvents) {
 		this.pid = socket.peer.pid;
-		this.#deadline = setTimeout(() => {
-			this.#drop('silent', `was dropped: it did not say hello in ${ackTimeoutMs} ms`);
-		}, ackTimeoutMs);
 		socket.read({
 			onPacket: (bytes, isTruncated) => {
 				this.#onPacket(bytes, isTruncated);
@@ -85,6 +83,10 @@ export class Connection {
 				this.#drop(error ? 'broken' : 'ended', error ? `is gone (${reasonOf(error)})` : 'has disconnected');
 			},
 		});
+		// Last, as what throws before would leave it running.
+		this.#deadline = setTimeout(() => {
+			this.#drop('silent', `was dropped: it did not say hello in ${ackTimeoutMs} ms`);
+		}, ackTimeoutMs);
 	}
 
 	get title(): string {

@@ -6,12 +6,15 @@ Level-triggered: what is wanted stands in one place, each connection knows what 
 import {mkdirSync} from 'node:fs';
 import path from 'node:path';
 import {HostError, hasErrno, reasonOf} from '../errors.js';
-import {native, type NetNs, type SeqpacketListener} from '../native.js';
+import {native, type NetNs, type SeqpacketConnection, type SeqpacketListener} from '../native.js';
+import {SocketFile} from '../socket-file.js';
 import {Connection, DROP_REASONS, KINDS, type DropReason, type Kind, type Request, type Told, type Verdict} from './connection.js';
 import {SNAPSHOT_SENT, encodeAdd, encodeDelete, encodeKeep, type WorkloadName} from './messages.js';
 
 export interface Workload extends WorkloadName {
-	/** Opens the pod's namespace, to be closed by the caller; undefined when it is not known. Must not throw. */
+	/** Of the pod's namespace; undefined when that is not known. Inodes will not do: the kernel gives them out again at once. */
+	readonly cookie: bigint | undefined;
+	/** Opens that namespace, and no other, to be closed by the caller; undefined when it cannot be. Must not throw. */
 	openNetns(): NetNs | undefined;
 }
 
@@ -49,6 +52,8 @@ export interface ZdsServerOptions {
 	readonly ackTimeoutMs?: number;
 	/** Until {@link ZdsServer.release}, no snapshot ends: ztunnel drains what is not in it. */
 	readonly isHeld?: boolean;
+	/** Look this often whether the socket's file is still there. */
+	readonly checkMs?: number;
 	readonly log: (line: string) => void;
 	/** {@link ZdsServer.state} of this workload is of another kind, or has another error, than before. */
 	readonly onChange?: (uid: string) => void;
@@ -62,10 +67,10 @@ interface Wanted {
 	workload: Workload;
 	/** Another one is another thing to tell. */
 	revision: number;
-	/** Device and inode of the namespace; undefined when it is not known. */
-	identity: string | undefined;
+	/** Of the namespace; undefined when it is not known, or could not be opened when it was to be told of. */
+	cookie: bigint | undefined;
 	/** The last word, and the namespace that it was about. */
-	decided: {readonly verdict: Verdict; readonly identity: string | undefined} | undefined;
+	decided: {readonly verdict: Verdict; readonly cookie: bigint | undefined} | undefined;
 	/** There may be a word about this revision still. */
 	isPending: boolean;
 	readonly waiters: Set<() => void>;
@@ -77,6 +82,7 @@ export class ZdsServer {
 	/** Those that have said hello are in the order in which they did. */
 	readonly #connections = new Set<Connection>();
 	readonly #counters = {connections: 0, sent: zeros(KINDS), acks: 0, nacks: 0, dropped: zeros(DROP_REASONS)};
+	readonly #file: SocketFile;
 	#listener: SeqpacketListener | undefined;
 	#acceptPause: NodeJS.Timeout | undefined;
 	#revisions = 0;
@@ -85,38 +91,28 @@ export class ZdsServer {
 	constructor(options: ZdsServerOptions) {
 		this.#options = options;
 		this.#isHeld = options.isHeld ?? false;
+		const {socketPath: path, checkMs, log} = options;
+		this.#file = new SocketFile({
+			title: 'ztunnel\'s socket', path, checkMs, log,
+			open: () => {
+				this.#open();
+			},
+		});
 	}
 
-	/** @throws HostError when another process listens there, or it is no place for a socket. */
+	/** Why no ztunnel can connect now. */
+	get problem(): string | undefined {
+		return this.#file.problem;
+	}
+
+	/**
+	Listens; a socket that a dead agent left is replaced. One that disappears while we run is made again.
+
+	@throws HostError when another process listens there, or it is no place for a socket.
+	*/
 	listen(): void {
-		const {socketPath, log} = this.#options;
-		try {
-			mkdirSync(path.dirname(socketPath), {recursive: true});
-			this.#listener = native.listenSeqpacket(socketPath, 0o600, {
-				onConnection: socket => {
-					this.#counters.connections++;
-					const connection: Connection = new Connection(socket, this.#options.ackTimeoutMs ?? ACK_TIMEOUT_MS, {
-						onHello: () => {
-							this.#onHello(connection);
-						},
-						onAck: (request, error) => {
-							this.#onAck(connection, request, error);
-						},
-						onDrop: (reason, detail) => {
-							this.#onDrop(connection, reason, detail);
-						},
-					});
-					this.#connections.add(connection);
-				},
-				onError: error => {
-					log(`a connection to ${socketPath} cannot be taken (${reasonOf(error)}): trying again in ${ACCEPT_PAUSE_MS} ms`);
-					this.#acceptPause = setTimeout(() => this.#listener?.resume(), ACCEPT_PAUSE_MS);
-				},
-			});
-		} catch (error) {
-			const remedy = hasErrno(error, 'EADDRINUSE') ? 'stop the other agent that listens there, or remove what is there if it is no socket' : 'choose another path for it';
-			throw new HostError(`ztunnel's socket cannot be served at ${socketPath} (${reasonOf(error)})`, remedy, {cause: error});
-		}
+		this.#open();
+		this.#file.lookAfter();
 	}
 
 	/**
@@ -126,14 +122,13 @@ export class ZdsServer {
 	@throws PodError when the names are too long to be told.
 	*/
 	put(workload: Workload): void {
-		const {uid} = workload;
 		encodeAdd(workload);
-		const identity = identityOf(workload);
+		const {uid, cookie} = workload;
 		let wanted = this.#wanted.get(uid);
 		if (!wanted) {
-			wanted = {workload, revision: 0, identity: undefined, decided: undefined, isPending: false, waiters: new Set()};
+			wanted = {workload, revision: 0, cookie: undefined, decided: undefined, isPending: false, waiters: new Set()};
 			this.#wanted.set(uid, wanted);
-		} else if (identity === undefined || (identity === wanted.identity && wanted.decided?.verdict.kind !== 'refused')) {
+		} else if (cookie === undefined || (cookie === wanted.cookie && wanted.decided?.verdict.kind !== 'refused')) {
 			wanted.workload = workload;
 			return;
 		}
@@ -141,7 +136,7 @@ export class ZdsServer {
 		wanted.workload = workload;
 		wanted.revision = ++this.#revisions;
 		wanted.isPending = true;
-		this.#identify(wanted, identity);
+		this.#locate(wanted, cookie);
 		this.#advance(uid);
 	}
 
@@ -194,6 +189,7 @@ export class ZdsServer {
 
 	/** ztunnel goes on with what it has. The socket's file stays, for the next one to replace. */
 	close(): void {
+		this.#file.close();
 		clearTimeout(this.#acceptPause);
 		this.#listener?.close();
 		this.#listener = undefined;
@@ -204,6 +200,50 @@ export class ZdsServer {
 		this.#connections.clear();
 		for (const wanted of this.#wanted.values()) {
 			this.#settle(wanted);
+		}
+	}
+
+	#open(): void {
+		const {socketPath, log} = this.#options;
+		const former = this.#listener;
+		try {
+			mkdirSync(path.dirname(socketPath), {recursive: true});
+			this.#listener = native.listenSeqpacket(socketPath, 0o600, {
+				onConnection: socket => {
+					this.#onConnection(socket);
+				},
+				onError: error => {
+					log(`a connection to ${socketPath} cannot be taken (${reasonOf(error)}): trying again in ${ACCEPT_PAUSE_MS} ms`);
+					this.#acceptPause = setTimeout(() => this.#listener?.resume(), ACCEPT_PAUSE_MS);
+				},
+			});
+		} catch (error) {
+			const remedy = hasErrno(error, 'EADDRINUSE') ? 'stop the other agent that listens there, or remove what is there if it is no socket' : 'choose another path for it, or mount its directory again if that was made anew on the host';
+			throw new HostError(`ztunnel's socket cannot be served at ${socketPath} (${reasonOf(error)})`, remedy, {cause: error});
+		}
+
+		former?.close();
+	}
+
+	#onConnection(socket: SeqpacketConnection): void {
+		this.#counters.connections++;
+		try {
+			const connection: Connection = new Connection(socket, this.#options.ackTimeoutMs ?? ACK_TIMEOUT_MS, {
+				onHello: () => {
+					this.#onHello(connection);
+				},
+				onAck: (request, error) => {
+					this.#onAck(connection, request, error);
+				},
+				onDrop: (reason, detail) => {
+					this.#onDrop(connection, reason, detail);
+				},
+			});
+			this.#connections.add(connection);
+		} catch (error) {
+			socket.close();
+			this.#counters.dropped.broken++;
+			this.#options.log(`a connection to ${this.#options.socketPath} was dropped (${reasonOf(error)}): ztunnel connects again by itself`);
 		}
 	}
 
@@ -264,17 +304,17 @@ export class ZdsServer {
 		}
 
 		const before = this.state(uid);
-		wanted.decided = {verdict: told.verdict, identity: told.identity};
+		wanted.decided = {verdict: told.verdict, cookie: told.cookie};
 		this.#settle(wanted);
 		this.#report(uid, before);
 	}
 
 	/** What was said about another namespace does not hold for this one. */
-	#identify(wanted: Wanted, identity: string | undefined): void {
+	#locate(wanted: Wanted, cookie: bigint | undefined): void {
 		const {uid} = wanted.workload;
 		const before = this.state(uid);
-		wanted.identity = identity;
-		if (identity !== undefined && wanted.decided?.identity !== identity) {
+		wanted.cookie = cookie;
+		if (cookie !== undefined && wanted.decided?.cookie !== cookie) {
 			wanted.decided = undefined;
 			wanted.isPending = true;
 		}
@@ -340,9 +380,9 @@ export class ZdsServer {
 		const {uid} = workload;
 		const netns = workload.openNetns();
 		try {
-			this.#identify(wanted, netns && identify(netns));
+			this.#locate(wanted, netns && workload.cookie);
 			if (netns) {
-				connection.told.set(uid, {revision, identity: wanted.identity});
+				connection.told.set(uid, {revision, cookie: wanted.cookie});
 				this.#request(connection, {kind: 'add', uid}, encodeAdd(workload), netns.fd);
 				return;
 			}
@@ -352,7 +392,7 @@ export class ZdsServer {
 
 		// Until it is put with a namespace.
 		this.#settle(wanted);
-		connection.told.set(uid, {revision, identity: connection.told.get(uid)?.identity});
+		connection.told.set(uid, {revision, cookie: connection.told.get(uid)?.cookie});
 		if (!connection.isSnapshotSent) {
 			this.#request(connection, {kind: 'keep', uid}, encodeKeep(uid));
 		}
@@ -369,7 +409,7 @@ export class ZdsServer {
 			return 'the workload is not there';
 		}
 
-		if (wanted.identity === undefined) {
+		if (wanted.cookie === undefined) {
 			return 'its network namespace is not known';
 		}
 
@@ -392,17 +432,6 @@ export class ZdsServer {
 
 const zeros = <Name extends string>(names: readonly Name[]) => Object.fromEntries(names.map(name => [name, 0])) as Record<Name, number>;
 
-const identify = ({device, inode}: NetNs) => `${device}:${inode}`;
-
-function identityOf(workload: Workload): string | undefined {
-	const netns = workload.openNetns();
-	try {
-		return netns && identify(netns);
-	} finally {
-		netns?.close();
-	}
-}
-
 function hasOtherNamespace(told: Told, wanted: Wanted): boolean {
-	return told.identity !== undefined && wanted.identity !== undefined && told.identity !== wanted.identity;
+	return told.cookie !== undefined && wanted.cookie !== undefined && told.cookie !== wanted.cookie;
 }

@@ -1,5 +1,6 @@
 import {spawnSync} from 'node:child_process';
 import {readFileSync, unlinkSync, writeFileSync} from 'node:fs';
+import type {ServerResponse} from 'node:http';
 import {createServer, type Socket} from 'node:net';
 import path from 'node:path';
 import {setTimeout as sleep} from 'node:timers/promises';
@@ -222,6 +223,39 @@ test('an agent that is down for as long as the plugin waits: the pod fails, and 
 		t.true(ms >= 1000 && ms < 15_000, `${ms}`);
 		t.is(log.split('\n').filter(line => line.includes('waiting')).length, 1, 'one line, not one a try');
 	}
+});
+
+for (const [what, then, why] of [
+	['is held by the next call', (response: ServerResponse) => response.on('error', () => undefined), 'it took the call and did not answer in time'],
+	['goes away', (response: ServerResponse) => response.destroy(), 'it closed the connection without an answer'],
+] as const) {
+	test(`an agent that says why not yet, and then ${what}: its last reason is the pod's`, async t => {
+		const socket = path.join(directory(t), 'cni.sock');
+		const reasons = ['the agent is starting', 'no ztunnel is connected'];
+		await httpAgent(t, socket, (_request, _body, response) => {
+			const reason = reasons.shift();
+			if (reason === undefined) {
+				then(response);
+				return;
+			}
+
+			response.statusCode = 503;
+			response.end(reason);
+		});
+		const {error} = await plugin(netconf(socket, '"timeoutSeconds":5'));
+		t.is(error?.code, 11);
+		t.is(error!.msg, `the sidestep agent did not let the pod start in 5 s (it says: no ztunnel is connected; then: ${why}): without it the pod would start uncaptured`);
+	});
+}
+
+test('an agent that says why not yet until the end: its reason is the pod\'s', async t => {
+	const socket = path.join(directory(t), 'cni.sock');
+	await httpAgent(t, socket, (_request, _body, response) => {
+		response.statusCode = 503;
+		response.end('no ztunnel is connected');
+	});
+	const {error} = await plugin(netconf(socket, '"timeoutSeconds":2'));
+	t.regex(error!.msg, /in 2 s \(it says: no ztunnel is connected[;)]/);
 });
 
 test('an agent that takes the call and says nothing', async t => {

@@ -161,6 +161,20 @@ test('a bookmark saves the list when older versions are compacted', async t => {
 	t.is(server.requests('/api/v1/pods').filter(({isWatch}) => isWatch).at(-1)!.query.get('resourceVersion'), String(server.version));
 });
 
+test('versions that went back, as after a backup: all is listed again, and what happens from then on is news', async t => {
+	const bench = await makeBench(t, {server: {bookmarkMs: 30}});
+	const {server} = bench;
+	const pods = followPods(bench);
+	server.put('pods', makePod('shop/web'));
+	await untilEqual(t, server, pods);
+	server.restore(10);
+	await eventually('listed again', () => pods.reflector.counters.lists === 2);
+	server.put('pods', makePod('shop/web', {labels: {version: 'new'}}));
+	server.put('pods', makePod('shop/other'));
+	await untilEqual(t, server, pods);
+	t.regex(pods.reflector.problem ?? '', /versions went back/);
+});
+
 test('a watch in which nothing comes, not even a bookmark, is given up, and goes on where it was', async t => {
 	const bench = await makeBench(t, {server: {bookmarkMs: 60_000}});
 	const {server} = bench;

@@ -95,6 +95,28 @@ test('an agent that is killed while a pod waits: the next one lets it start, cap
 	t.notRegex(third.running.stderr, /remove|enrol|no process/);
 });
 
+test('namespaces are not heard of any more: a pod of one that is captured meanwhile does not start uncaptured', async t => {
+	const cluster = await Cluster.create(t);
+	cluster.namespace('shop');
+	await cluster.agent(['--cni']);
+	cluster.api.behave({event: 'half', applies: ({path}) => path === '/api/v1/namespaces'});
+	cluster.namespace('shop', AMBIENT);
+	const {code, error} = await cluster.cni('ADD', sandbox(cluster, 'shop/web'), {timeoutSeconds: 10});
+	t.not(code, 0);
+	t.regex(`${error?.msg} ${error?.details}`, /has not heard yet that it is to be captured/);
+});
+
+test('an agent with another node\'s name: pods do not start, and the reason names both nodes', async t => {
+	const cluster = await Cluster.create(t);
+	cluster.namespace('shop', AMBIENT);
+	await cluster.agent(['--cni']);
+	const web = sandbox(cluster, 'shop/web');
+	cluster.put(web, {ips: [], phase: 'Pending', nodeName: 'node-2'});
+	const {code, error} = await cluster.cni('ADD', web, {timeoutSeconds: 10});
+	t.not(code, 0);
+	t.regex(`${error?.msg} ${error?.details}`, /node node-2 .* node-1/);
+});
+
 test('no agent: the pod does not start, and the reason says what to look at', async t => {
 	const cluster = await Cluster.create(t);
 	cluster.namespace('shop', AMBIENT);

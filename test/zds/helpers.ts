@@ -66,7 +66,10 @@ export class TestNetns {
 }
 
 export function workload(uid: string, openNetns: () => NetNs | undefined): Workload {
-	return {uid, name: `name-${uid}`, namespace: 'shop', serviceAccount: 'account', openNetns};
+	const netns = openNetns();
+	const cookie = netns?.cookie();
+	netns?.close();
+	return {uid, name: `name-${uid}`, namespace: 'shop', serviceAccount: 'account', cookie, openNetns};
 }
 
 /** What the stand-in says on stdout. */

@@ -56,7 +56,10 @@ async function setUp(t: ExecutionContext): Promise<Node> {
 	// In turn, as ztunnel opens and closes their listeners in this order: no kind comes first.
 	const pods = references.flatMap((pod, index) => [pod, ...steered.slice(index * STEERED / REFERENCES, (index + 1) * STEERED / REFERENCES)]);
 	for (const pod of pods) {
-		server.put({uid: pod.name, name: pod.name, namespace: 'test', serviceAccount: 'default', openNetns: () => native.openNetns(pod.netns)});
+		const openNetns = () => native.openNetns(pod.netns);
+		const netns = openNetns();
+		server.put({uid: pod.name, name: pod.name, namespace: 'test', serviceAccount: 'default', cookie: netns.cookie(), openNetns});
+		netns.close();
 	}
 
 	return {
