@@ -196,7 +196,7 @@ export class Reconciler {
 			for (const name of twins.length > 1 ? twins : []) {
 				known.delete(name);
 				if (!failures.has(name)) {
-					failures.set(name, new PodError(name, `it has the same network namespace as pod ${twins.find(other => other !== name)}: take one of them out of the pods file`));
+					failures.set(name, new PodError(name, `it has the same network namespace as pod ${twins.find(other => other !== name)}, and only one of the two can be captured: neither is changed until the other goes`));
 				}
 			}
 		}
