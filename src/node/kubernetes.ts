@@ -137,9 +137,14 @@ export class KubernetesNode {
 			signal.addEventListener('abort', () => {
 				resolve();
 			}, {once: true});
-			this.#heard = this.#pods.run(names => {
-				resolve();
-				loop.wake(names);
+			this.#heard = this.#pods.run({
+				onChange: names => {
+					resolve();
+					loop.wake(names);
+				},
+				onReport: names => {
+					this.#announcer.reported(names);
+				},
 			}, this.#end.signal);
 		});
 	}

@@ -7,6 +7,7 @@ import type {PodSpec, Wish} from '../config/pods-file.js';
 import type {KubernetesClient} from '../kubernetes/client.js';
 import {STATIC_POD_HASH, readNamespace, readPod, type NamespaceObject, type PodObject} from '../kubernetes/objects.js';
 import {Reflector, type ReflectorTiming} from '../kubernetes/reflector.js';
+import {REDIRECTION} from '../kubernetes/status.js';
 import {canonicalAddress} from '../maps/address.js';
 import {accelerationOf, decideEnrolment, type NodeDefaults} from '../redirect/annotations.js';
 import type {NetnsIdentity} from '../pods/facts.js';
@@ -47,17 +48,24 @@ interface Sandbox {
 	readonly outdated: readonly string[];
 }
 
+export interface NodePodsListener {
+	/** Called with the names of pods that are new, gone, or others than before; for the first time when all are known. */
+	onChange(names: ReadonlySet<string>): void;
+	/** Of these pods, what is reported of them ({@link REDIRECTION}) is another, and nothing else. */
+	onReport(names: ReadonlySet<string>): void;
+}
+
 export class NodePods {
 	readonly #options: NodePodsOptions;
 	readonly #pods: Reflector<PodObject>;
 	readonly #namespaces: Reflector<NamespaceObject>;
 	readonly #specs = new Map<string, PodSpec>();
 	readonly #called = new Map<string, CalledPod>();
-	/** By name: whose spec it is. */
-	readonly #uids = new Map<string, string>();
+	/** By name: what {@link specs} was made of. */
+	readonly #read = new Map<string, PodObject>();
 	/** By the pod's uid. */
 	readonly #sandboxes = new Map<string, Sandbox>();
-	#onChange: (names: ReadonlySet<string>) => void = () => {};
+	#listener: NodePodsListener = {onChange() {}, onReport() {}};
 
 	constructor(options: NodePodsOptions) {
 		this.#options = options;
@@ -65,7 +73,7 @@ export class NodePods {
 		this.#pods = new Reflector({
 			client, log, path: '/api/v1/pods', query: {fieldSelector: `spec.nodeName=${node}`}, transform: readPod,
 			onChange: keys => {
-				this.#update(keys);
+				this.#hear(keys);
 			},
 			...(timing ? {timing} : {}),
 		});
@@ -92,13 +100,9 @@ export class NodePods {
 		return {pods: this.#pods as Reflector<PodObject | NamespaceObject>, namespaces: this.#namespaces};
 	}
 
-	/**
-	Follows the API server until `signal` aborts.
-
-	@param onChange - called with the names of pods that are new, gone, or others than before; for the first time when all are known.
-	*/
-	async run(onChange: (names: ReadonlySet<string>) => void, signal: AbortSignal): Promise<void> {
-		this.#onChange = onChange;
+	/** Follows the API server until `signal` aborts. */
+	async run(listener: NodePodsListener, signal: AbortSignal): Promise<void> {
+		this.#listener = listener;
 		await Promise.all([this.#pods.run(signal), this.#namespaces.run(signal)]);
 	}
 
@@ -195,6 +199,24 @@ export class NodePods {
 		this.#update([name]);
 	}
 
+	/** Of a pod whose report changed, and nothing else, there is nothing new to capture: each report that the agent makes is heard here again. */
+	#hear(names: ReadonlySet<string>): void {
+		const reported = new Set([...names].filter(name => this.#isReported(name)));
+		if (reported.size > 0) {
+			this.#listener.onReport(reported);
+		}
+
+		if (reported.size < names.size || names.size === 0) {
+			this.#update([...names].filter(name => !reported.has(name)));
+		}
+	}
+
+	#isReported(name: string): boolean {
+		const before = this.#read.get(name);
+		const now = this.#pods.items.get(name);
+		return before !== undefined && now !== undefined && !this.#called.has(name) && isDeepStrictEqual(unreported(before), unreported(now));
+	}
+
 	#update(names: Iterable<string>): void {
 		if (!this.isSynced) {
 			return;
@@ -203,22 +225,22 @@ export class NodePods {
 		const all = new Set([...this.#specs.size === 0 ? this.#pods.items.keys() : [], ...names, ...this.#dropCalled()]);
 		for (const name of all) {
 			const pod = this.pod(name);
-			const former = this.#uids.get(name);
+			const former = this.#read.get(name)?.uid;
 			if (former !== undefined && former !== pod?.uid) {
 				this.#sandboxes.delete(former);
 				this.#options.locator.forget(former);
 			}
 
 			if (pod) {
-				this.#uids.set(name, pod.uid);
+				this.#read.set(name, pod);
 				this.#specs.set(name, this.#specOf(name, pod));
 			} else {
-				this.#uids.delete(name);
+				this.#read.delete(name);
 				this.#specs.delete(name);
 			}
 		}
 
-		this.#onChange(all);
+		this.#listener.onChange(all);
 	}
 
 	/** @returns their names. */
@@ -283,6 +305,11 @@ export class NodePods {
 			throw error;
 		}
 	}
+}
+
+function unreported(pod: PodObject): PodObject {
+	const {[REDIRECTION]: _, ...annotations} = pod.annotations;
+	return {...pod, annotations};
 }
 
 /** The kubelet names a static pod by its hash, the API its mirror by another uid. */
