@@ -6,8 +6,11 @@
 #include <napi.h>
 
 #include <functional>
+#include <memory>
 
 #include "handle.h"
+
+class Netlink;
 
 class Map : public Napi::ObjectWrap<Map>, public FdHandle {
  public:
@@ -120,6 +123,10 @@ class NetNs : public Napi::ObjectWrap<NetNs>, public FdHandle {
 	/* EINVAL if it is not a network namespace. */
 	static Napi::Object Wrap(Napi::Env env, int fd, const std::string& subject);
 	explicit NetNs(const Napi::CallbackInfo& info);
+	~NetNs() override;
+
+ protected:
+	void Release() override;
 
  private:
 	Napi::Value Fd(const Napi::CallbackInfo& info);
@@ -136,7 +143,7 @@ class NetNs : public Napi::ObjectWrap<NetNs>, public FdHandle {
 	Napi::Value ChangeRule(const Napi::CallbackInfo& info);
 	Napi::Value ChangeLocalRoute(const Napi::CallbackInfo& info);
 	Napi::Value ChangeAddress(const Napi::CallbackInfo& info);
-	Napi::Value Sysctl(const Napi::CallbackInfo& info);
+	Napi::Value Sysctls(const Napi::CallbackInfo& info);
 	Napi::Value SetSysctl(const Napi::CallbackInfo& info);
 	Napi::Value RunIterator(const Napi::CallbackInfo& info);
 	Napi::Value TestRun(const Napi::CallbackInfo& info);
@@ -145,6 +152,9 @@ class NetNs : public Napi::ObjectWrap<NetNs>, public FdHandle {
 	/* Runs `act` in the namespace, on a thread of its own; throws what it gives, about `what`. */
 	int Inside(Napi::Env env, const std::string& what, const std::function<Outcome()>& act) const;
 	int SocketInside(Napi::Env env, int family, int type, int protocol) const;
+	/* NETLINK_ROUTE, made at the first call and kept: every other way into the namespace takes a thread. */
+	Netlink& Route(Napi::Env env);
+	std::unique_ptr<Netlink> route_;
 	uint64_t device_ = 0, inode_ = 0;
 };
 

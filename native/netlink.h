@@ -22,6 +22,8 @@ class Netlink {
 
 	/* For the ioctls that any socket has, SIOCGIFINDEX for one. */
 	int fd() const { return fd_; }
+	/* An answer may still be on its way to it: nothing more may be asked. */
+	bool failed() const { return failed_; }
 
 	/* Sends one request, a dump or one with NLM_F_ACK. Gives 0 or a positive errno; `each` sees every message of the answer. */
 	int Ask(nlmsghdr* request, const std::function<void(nlmsghdr*)>& each = [](nlmsghdr*) {}) {
@@ -30,7 +32,7 @@ class Netlink {
 			std::vector<std::vector<char>> answers;
 			request->nlmsg_seq = ++sequence_;
 			if (send(fd_, request, request->nlmsg_len, 0) < 0) {
-				return errno;
+				return Failed(errno);
 			}
 			int error = Receive(answers);
 			if (error == EAGAIN) {
@@ -45,6 +47,11 @@ class Netlink {
 	}
 
  private:
+	int Failed(int error) {
+		failed_ = true;
+		return error;
+	}
+
 	int Receive(std::vector<std::vector<char>>& answers) {
 		bool interrupted = false;
 		alignas(nlmsghdr) char buffer[65536];
@@ -56,7 +63,7 @@ class Netlink {
 				if (errno == EINTR) {
 					continue;
 				}
-				return errno;
+				return Failed(errno);
 			}
 			/* A pod with CAP_NET_ADMIN may write to this socket too: only the kernel has port 0. */
 			if (sender.nl_pid != 0) {
@@ -81,6 +88,7 @@ class Netlink {
 
 	int fd_;
 	uint32_t sequence_ = 0;
+	bool failed_ = false;
 };
 
 template <typename Body>

@@ -2,6 +2,7 @@
 #include <linux/magic.h>
 #include <linux/nsfs.h>
 #include <linux/sockios.h>
+#include <pthread.h>
 #include <sched.h>
 #include <sys/ioctl.h>
 #include <sys/socket.h>
@@ -11,36 +12,76 @@
 
 #include <cerrno>
 #include <new>
-#include <system_error>
-#include <thread>
 
 #include "arguments.h"
 #include "classes.h"
+#include "netlink.h"
 
 /* asm-generic/socket.h, 5.14. */
 static constexpr int kSoNetnsCookie = 71;
 
+namespace {
+
+struct Visit {
+	const std::function<Outcome()>& act;
+	Outcome outcome;
+
+	static void* Make(void* visit) {
+		auto& [act, outcome] = *static_cast<Visit*>(visit);
+		try {
+			outcome = act();
+		} catch (const std::bad_alloc&) {
+			outcome = {-1, ENOMEM, "malloc"};
+		}
+		return nullptr;
+	}
+};
+
+/* For threads that this one waits for. */
+class OnThisCpu {
+ public:
+	OnThisCpu() {
+		pthread_attr_init(&attributes_);
+		int cpu = sched_getcpu();
+		if (cpu >= 0 && cpu < CPU_SETSIZE) {
+			cpu_set_t only;
+			CPU_ZERO(&only);
+			CPU_SET(cpu, &only);
+			pthread_attr_setaffinity_np(&attributes_, sizeof(only), &only);
+		}
+	}
+	~OnThisCpu() { pthread_attr_destroy(&attributes_); }
+	OnThisCpu(const OnThisCpu&) = delete;
+	OnThisCpu& operator=(const OnThisCpu&) = delete;
+	const pthread_attr_t* get() const { return &attributes_; }
+
+ private:
+	pthread_attr_t attributes_;
+};
+
+}  // namespace
+
 /*
  * Runs `act` on a thread that lives for just that: setns and unshare change the calling thread, and a JS or libuv pool thread would take
- * the namespace into later file and socket calls.
+ * the namespace into later file and socket calls. The kernel likes to put a new thread onto another CPU, where it waits for whoever is busy there,
+ * often for a whole tick (4 ms); this one is idle from now on.
  */
 static int OnThreadOfItsOwn(Napi::Env env, const std::string& subject, const std::function<Outcome()>& act) {
-	Outcome outcome;
-	try {
-		std::thread([&] {
-			try {
-				outcome = act();
-			} catch (const std::bad_alloc&) {
-				outcome = {-1, ENOMEM, "malloc"};
-			}
-		}).join();
-	} catch (const std::system_error& error) {
-		outcome = {-1, error.code().value(), "pthread_create"};
+	Visit visit{act, {}};
+	pthread_t thread;
+	int error = pthread_create(&thread, OnThisCpu().get(), Visit::Make, &visit);
+	if (error == EINVAL) {
+		/* This CPU was taken from us in between. */
+		error = pthread_create(&thread, nullptr, Visit::Make, &visit);
 	}
-	if (outcome.error) {
-		ThrowErrno(env, outcome.error, outcome.syscall, subject);
+	if (error) {
+		ThrowErrno(env, error, "pthread_create", subject);
 	}
-	return outcome.fd;
+	pthread_join(thread, nullptr);
+	if (visit.outcome.error) {
+		ThrowErrno(env, visit.outcome.error, visit.outcome.syscall, subject);
+	}
+	return visit.outcome.fd;
 }
 
 Napi::Function NetNs::Define(Napi::Env env) {
@@ -59,7 +100,7 @@ Napi::Function NetNs::Define(Napi::Env env) {
 		InstanceMethod<&NetNs::ChangeRule>("changeRule"),
 		InstanceMethod<&NetNs::ChangeLocalRoute>("changeLocalRoute"),
 		InstanceMethod<&NetNs::ChangeAddress>("changeAddress"),
-		InstanceMethod<&NetNs::Sysctl>("sysctl"),
+		InstanceMethod<&NetNs::Sysctls>("sysctls"),
 		InstanceMethod<&NetNs::SetSysctl>("setSysctl"),
 		InstanceMethod<&NetNs::RunIterator>("runIterator"),
 		InstanceMethod<&NetNs::TestRun>("testRun"),
@@ -103,6 +144,22 @@ int NetNs::SocketInside(Napi::Env env, int family, int type, int protocol) const
 	return Inside(env, subject(), [&] { return Outcome::Of(socket(family, type | SOCK_CLOEXEC, protocol), "socket"); });
 }
 
+Netlink& NetNs::Route(Napi::Env env) {
+	RequireOpen(env, subject().c_str());
+	if (!route_ || route_->failed()) {
+		route_ = std::make_unique<Netlink>(SocketInside(env, AF_NETLINK, SOCK_RAW, NETLINK_ROUTE));
+	}
+	return *route_;
+}
+
+void NetNs::Release() {
+	route_.reset();
+	FdHandle::Release();
+}
+
+/* Here, as a Netlink is whole here only. */
+NetNs::~NetNs() { CloseOnce(); }
+
 Napi::Value NetNs::Socket(const Napi::CallbackInfo& info) {
 	int family = static_cast<int>(IntegerArgument(info, 0, "family"));
 	int type = static_cast<int>(IntegerArgument(info, 1, "type"));
@@ -112,10 +169,10 @@ Napi::Value NetNs::Socket(const Napi::CallbackInfo& info) {
 
 Napi::Value NetNs::Cookie(const Napi::CallbackInfo& info) {
 	Napi::Env env = info.Env();
-	OwnedFd probe{SocketInside(env, AF_UNIX, SOCK_DGRAM, 0)};
+	int socket = Route(env).fd();
 	uint64_t cookie = 0;
 	socklen_t size = sizeof(cookie);
-	Checked(env, "getsockopt(SO_NETNS_COOKIE)", subject(), [&] { return getsockopt(probe.fd, SOL_SOCKET, kSoNetnsCookie, &cookie, &size); });
+	Checked(env, "getsockopt(SO_NETNS_COOKIE)", subject(), [&] { return getsockopt(socket, SOL_SOCKET, kSoNetnsCookie, &cookie, &size); });
 	return Napi::BigInt::New(env, cookie);
 }
 

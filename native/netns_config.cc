@@ -70,13 +70,28 @@ Napi::Value Changed(Napi::Env env, int error, int unchanged, const char* syscall
 	return Napi::Boolean::New(env, error == 0);
 }
 
-std::string SysctlPath(const Napi::CallbackInfo& info) {
-	std::string directory = TextArgument(info, 0, "procDirectory");
-	std::string name = TextArgument(info, 1, "name");
+std::string SysctlPath(Napi::Env env, const std::string& directory, Napi::Value value) {
+	std::string name = value.IsString() ? value.As<Napi::String>().Utf8Value() : throw Napi::TypeError::New(env, "Expected the name of a sysctl to be a string");
 	if (name.empty() || name[0] == '/' || ("/" + name + "/").find("/../") != std::string::npos) {
-		throw Napi::RangeError::New(info.Env(), "Expected `name` to be a path below " + directory + "/sys, got '" + name + "'");
+		throw Napi::RangeError::New(env, "Expected the name of a sysctl to be a path below " + directory + "/sys, got '" + name + "'");
 	}
 	return directory + "/sys/" + name;
+}
+
+Outcome ReadText(const std::string& path, std::string& text) {
+	Outcome opened = Outcome::Of(open(path.c_str(), O_RDONLY | O_CLOEXEC), "open");
+	if (opened.error) {
+		return opened;
+	}
+	OwnedFd file{opened.fd};
+	char chunk[4096];
+	for (;;) {
+		ssize_t got = read(file.fd, chunk, sizeof(chunk));
+		if (got <= 0) {
+			return Outcome::Of(static_cast<int>(got), "read");
+		}
+		text.append(chunk, static_cast<size_t>(got));
+	}
 }
 
 }  // namespace
@@ -113,7 +128,7 @@ Napi::Value NetNs::ChangeRule(const Napi::CallbackInfo& info) {
 	request.Add(FRA_TABLE, table);
 	request.Add(FRA_FWMARK, mark);
 	request.Add(FRA_FWMASK, mask);
-	Netlink netlink(SocketInside(env, AF_NETLINK, SOCK_RAW, NETLINK_ROUTE));
+	Netlink& netlink = Route(env);
 	return Changed(env, netlink.Ask(&request.header), add ? EEXIST : ENOENT, add ? "netlink(RTM_NEWRULE)" : "netlink(RTM_DELRULE)",
 		"IPv" + std::to_string(family) + " rule of priority " + std::to_string(priority));
 }
@@ -126,7 +141,7 @@ Napi::Value NetNs::ChangeLocalRoute(const Napi::CallbackInfo& info) {
 	/* Table 0 would be the main one. */
 	auto table = static_cast<uint32_t>(IntegerOf(env, route.Get("table"), "table", 1, UINT32_MAX));
 
-	Netlink netlink(SocketInside(env, AF_NETLINK, SOCK_RAW, NETLINK_ROUTE));
+	Netlink& netlink = Route(env);
 	auto request = ChangeRequest<rtmsg>(add, RTM_NEWROUTE, RTM_DELROUTE);
 	request.body.rtm_family = prefix.address.family();
 	request.body.rtm_dst_len = prefix.length;
@@ -151,7 +166,7 @@ Napi::Value NetNs::ChangeAddress(const Napi::CallbackInfo& info) {
 	bool add = IsAddArgument(info);
 	Prefix prefix = Prefix::Of(env, ObjectArgument(info, 1, "address"));
 
-	Netlink netlink(SocketInside(env, AF_NETLINK, SOCK_RAW, NETLINK_ROUTE));
+	Netlink& netlink = Route(env);
 	auto request = ChangeRequest<ifaddrmsg>(add, RTM_NEWADDR, RTM_DELADDR);
 	bool is_ipv4 = prefix.address.family() == AF_INET;
 	request.body.ifa_family = prefix.address.family();
@@ -165,32 +180,41 @@ Napi::Value NetNs::ChangeAddress(const Napi::CallbackInfo& info) {
 	return Changed(env, netlink.Ask(&request.header), add ? EEXIST : EADDRNOTAVAIL, add ? "netlink(RTM_NEWADDR)" : "netlink(RTM_DELADDR)", prefix.Text());
 }
 
-Napi::Value NetNs::Sysctl(const Napi::CallbackInfo& info) {
-	std::string path = SysctlPath(info);
-	std::string text;
-	Inside(info.Env(), path, [&] {
-		Outcome opened = Outcome::Of(open(path.c_str(), O_RDONLY | O_CLOEXEC), "open");
-		if (opened.error) {
-			return opened;
-		}
-		OwnedFd file{opened.fd};
-		char chunk[4096];
-		for (;;) {
-			ssize_t got = read(file.fd, chunk, sizeof(chunk));
-			if (got <= 0) {
-				return Outcome::Of(static_cast<int>(got), "read");
-			}
-			text.append(chunk, static_cast<size_t>(got));
-		}
-	});
-	if (!text.empty() && text.back() == '\n') {
-		text.pop_back();
+Napi::Value NetNs::Sysctls(const Napi::CallbackInfo& info) {
+	Napi::Env env = info.Env();
+	std::string directory = TextArgument(info, 0, "procDirectory");
+	if (!info[1].IsArray()) {
+		throw Napi::TypeError::New(env, "Expected `names` to be an array");
 	}
-	return Napi::String::New(info.Env(), text);
+	Napi::Array names = info[1].As<Napi::Array>();
+	std::vector<std::string> paths;
+	for (uint32_t index = 0; index < names.Length(); index++) {
+		paths.push_back(SysctlPath(env, directory, names.Get(index)));
+	}
+	std::vector<std::string> texts(paths.size());
+	/* Of the one that failed, in the end: it is thrown about. */
+	std::string subject = directory;
+	Inside(env, subject, [&] {
+		Outcome outcome;
+		for (size_t index = 0; index < paths.size() && !outcome.error; index++) {
+			subject = paths[index];
+			outcome = ReadText(subject, texts[index]);
+		}
+		return outcome;
+	});
+	Napi::Array result = Napi::Array::New(env, texts.size());
+	for (uint32_t index = 0; index < texts.size(); index++) {
+		std::string& text = texts[index];
+		if (!text.empty() && text.back() == '\n') {
+			text.pop_back();
+		}
+		result.Set(index, text);
+	}
+	return result;
 }
 
 Napi::Value NetNs::SetSysctl(const Napi::CallbackInfo& info) {
-	std::string path = SysctlPath(info);
+	std::string path = SysctlPath(info.Env(), TextArgument(info, 0, "procDirectory"), info[1]);
 	std::string value = TextArgument(info, 2, "value");
 	/* Writing nothing changes nothing, and the kernel calls that a success. */
 	if (value.empty()) {

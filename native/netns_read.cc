@@ -83,7 +83,7 @@ Napi::Array RoutesOf(Napi::Env env, Netlink& netlink, uint32_t only_table, const
 
 Napi::Value NetNs::Interfaces(const Napi::CallbackInfo& info) {
 	Napi::Env env = info.Env();
-	Netlink netlink(SocketInside(env, AF_NETLINK, SOCK_RAW, NETLINK_ROUTE));
+	Netlink& netlink = Route(env);
 	Napi::Array result = Napi::Array::New(env);
 	for (auto& [index, interface] : InterfacesOf(env, netlink, subject())) {
 		Napi::Object item = Napi::Object::New(env);
@@ -98,7 +98,7 @@ Napi::Value NetNs::Interfaces(const Napi::CallbackInfo& info) {
 
 Napi::Value NetNs::Addresses(const Napi::CallbackInfo& info) {
 	Napi::Env env = info.Env();
-	Netlink netlink(SocketInside(env, AF_NETLINK, SOCK_RAW, NETLINK_ROUTE));
+	Netlink& netlink = Route(env);
 	std::map<int, Interface> interfaces = InterfacesOf(env, netlink, subject());
 	Napi::Array result = Napi::Array::New(env);
 	Request<ifaddrmsg> request(RTM_GETADDR, NLM_F_DUMP);
@@ -130,18 +130,18 @@ Napi::Value NetNs::Addresses(const Napi::CallbackInfo& info) {
 }
 
 Napi::Value NetNs::Routes(const Napi::CallbackInfo& info) {
-	Netlink netlink(SocketInside(info.Env(), AF_NETLINK, SOCK_RAW, NETLINK_ROUTE));
+	Netlink& netlink = Route(info.Env());
 	return RoutesOf(info.Env(), netlink, RT_TABLE_UNSPEC, subject());
 }
 
 Napi::Value NetNs::LocalRoutes(const Napi::CallbackInfo& info) {
-	Netlink netlink(SocketInside(info.Env(), AF_NETLINK, SOCK_RAW, NETLINK_ROUTE));
+	Netlink& netlink = Route(info.Env());
 	return RoutesOf(info.Env(), netlink, RT_TABLE_LOCAL, subject());
 }
 
 Napi::Value NetNs::Rules(const Napi::CallbackInfo& info) {
 	Napi::Env env = info.Env();
-	Netlink netlink(SocketInside(env, AF_NETLINK, SOCK_RAW, NETLINK_ROUTE));
+	Netlink& netlink = Route(env);
 	Napi::Array result = Napi::Array::New(env);
 	for (int family : {AF_INET, AF_INET6}) {
 		Request<fib_rule_hdr> request(RTM_GETRULE, NLM_F_DUMP);

@@ -5,7 +5,7 @@ import {FilePods} from './config/file-pods.js';
 import type {PodSpec} from './config/pods-file.js';
 import {HostError, reasonOf} from './errors.js';
 import {load, type Datapath, type LoadOptions} from './loader/datapath.js';
-import {ensureBpffs, requireCapabilities, resolveCgroup} from './loader/host.js';
+import {ensureBpffs, requireCapabilities, requireProc, resolveCgroup} from './loader/host.js';
 import {takeWriterLock} from './loader/lock.js';
 import {openObject} from './loader/object.js';
 import {PinLayout} from './loader/paths.js';
@@ -61,6 +61,8 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 	const file = 'file' in pods ? new FilePods(pods.file) : undefined;
 	requireCapabilities();
 	const cgroup = resolveCgroup(options.cgroup);
+	requireProc(options.proc);
+	const nodeNetns = nodeCookie(options);
 	if (ensureBpffs(options.bpffs, options.proc) === 'mounted') {
 		log(`mounted a bpf file system at ${options.bpffs}`);
 	}
@@ -75,6 +77,7 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 	let requests: RingBuffer | undefined;
 	let node: KubernetesNode | undefined;
 	let last: Round | undefined;
+	let reconciler: Reconciler | undefined;
 	const health = (): Health => {
 		const problems = [
 			...(loop?.isSettled ? [] : ['the first round is not done yet']),
@@ -85,17 +88,22 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 	};
 
 	try {
-		// First of all, as a port that is taken is no reason to leave programs behind.
+		// First of all, as a port or a socket that is taken is no reason to leave programs behind.
 		const served = await serveMetrics(options.metrics, async () => metrics?.registry.metrics() ?? '', health).catch((error: unknown) => {
 			throw new HostError(`metrics cannot be served (${reasonOf(error)})`, 'choose another --metrics-address', {cause: error});
 		});
 		server = served.server;
+		if (!('file' in pods)) {
+			node = new KubernetesNode(pods, options.proc, name => reconciler?.formerOf(name), log);
+			await node.listen();
+		}
+
 		requireWorkingCapture();
 		const {maxPods} = options;
 		const loaded = load(lock, {cgroup, maxEntries: {pods: maxPods, pod_info: maxPods, counters: maxPods, traffic: maxPods}, ...options.build});
 		datapath = loaded.datapath;
 		const wish = options.acceleration ?? wishNow(datapath);
-		datapath.maps.node.set(0, {...datapath.maps.node.get(0)!, netns: nodeCookie(options)});
+		datapath.maps.node.set(0, {...datapath.maps.node.get(0)!, netns: nodeNetns});
 		log(`acceleration is ${describeAcceleration(setAcceleration(datapath, wish))}`);
 		requests = listenForPairs(datapath, () => last?.namespaces, () => options.signal.aborted, log);
 		metrics = new Metrics(datapath);
@@ -107,15 +115,12 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 
 		log(`metrics at port ${served.port}`);
 
-		const reconciler = new Reconciler(datapath, options);
-		if (!('file' in pods)) {
-			node = new KubernetesNode(pods, options.proc, name => reconciler.formerOf(name), log);
-			node.registerMetrics(metrics.registry);
-		}
-
+		node?.registerMetrics(metrics.registry);
+		const captured = new Reconciler(datapath, options);
+		reconciler = captured;
 		const specs = () => (file ?? node)!.specs;
 		const report = new Report(log);
-		const control = new ControlLoop(reconciler, {
+		const control = new ControlLoop(captured, {
 			specs,
 			resyncMs: options.resyncMs,
 			onRound(round, durationMs, changedAt) {
@@ -141,7 +146,7 @@ export async function runAgent(options: AgentOptions): Promise<void> {
 			metrics!.recordError('pods_file');
 			log(problem);
 		});
-		await node?.start({wake, look: name => control.isSettled ? control.look(name) : undefined, namespaceOf: name => reconciler.namespaceOf(name), modeInKernel: name => reconciler.modeInKernel(name)}, options.signal);
+		await node?.start({wake, look: name => control.isSettled ? control.look(name) : undefined, namespaceOf: name => captured.namespaceOf(name), modeInKernel: name => captured.modeInKernel(name)}, options.signal);
 		await control.run(options.signal);
 		log('stopped; capture stays in place (`sidestep unload` takes it away)');
 	} finally {

@@ -226,12 +226,12 @@ export interface NetNs {
 	*/
 	changeAddress(change: 'add' | 'delete', address: {readonly address: Uint8Array; readonly prefixLength: number; readonly interfaceName: string}): boolean;
 	/**
-	A sysctl of the namespace, e.g. `net/ipv4/fwmark_reflect` below `procDirectory`/sys; read on a thread inside the namespace, as /proc/sys/net shows the
-	namespace of who looks. Works through any writable mount of the host's /proc. ENOENT when the kernel does not have it; RangeError for a `name` that leads out.
-	@returns its text without the newline.
+	Sysctls of the namespace, e.g. `net/ipv4/fwmark_reflect` below `procDirectory`/sys; read on one thread inside the namespace, as /proc/sys/net shows the
+	namespace of who looks. Works through any writable mount of the host's /proc. ENOENT when the kernel does not have one; RangeError for a name that leads out.
+	@returns the text of each without the newline.
 	*/
-	sysctl(procDirectory: string, name: string): string;
-	/** Writes it, in the same way. EINVAL when the kernel refuses the value. */
+	sysctls(procDirectory: string, names: readonly string[]): readonly string[];
+	/** Writes one, in the same way. EINVAL when the kernel refuses the value. */
 	setSysctl(procDirectory: string, name: string, value: string): void;
 	/**
 	Runs an iterator program (`iter/tcp`, `iter/bpf_sk_storage_map`) once inside the namespace: BPF_ITER_CREATE on a link of its own, read to the end. E2BIG when it writes

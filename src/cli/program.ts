@@ -1,7 +1,8 @@
 import {setTimeout as sleep} from 'node:timers/promises';
 import {Argument, Command, CommanderError, InvalidArgumentError, Option} from 'commander';
 import {runAgent, type AgentOptions} from '../agent.js';
-import {addCniCommand} from '../cni/command.js';
+import {addCniCommand, cniConfOption} from '../cni/command.js';
+import {networksWithPlugin} from '../cni/install.js';
 import {AgentError, InputError, NotLoadedError, PodError, reasonOf} from '../errors.js';
 import {Datapath, PROGRAMS, finishInterrupted, openDatapath, unload} from '../loader/datapath.js';
 import {DEFAULT_BPFFS, isBpffs, requireCapabilities} from '../loader/host.js';
@@ -125,9 +126,10 @@ function createProgram(environment: Environment, setCode: (code: number) => void
 	program.command('status')
 		.description('what is loaded and attached, and whether an agent runs')
 		.addOption(bpffs())
+		.addOption(cniConfOption())
 		.addOption(outputOption())
-		.action(async (options: ReadOptions) => read(options, datapath => {
-			const status = statusRows(datapath, isAgentRunning(datapath.layout));
+		.action(async (options: ReadOptions & {cniConf: string}) => read(options, datapath => {
+			const status = statusRows(datapath, {agentRunning: isAgentRunning(datapath.layout), networks: networksWithPlugin(options.cniConf)});
 			if (options.output === 'json') {
 				stdout(toJson(status));
 				return;
@@ -250,8 +252,13 @@ function createProgram(environment: Environment, setCode: (code: number) => void
 		.option('--drain', 'first wait until no accelerated connection is open; without it they are reset', false)
 		.addOption(proc())
 		.addOption(bpffs())
-		.action(async (options: {bpffs: string; proc: string; drain: boolean}) => {
+		.addOption(cniConfOption())
+		.action(async (options: {bpffs: string; proc: string; cniConf: string; drain: boolean}) => {
 			requireCapabilities();
+			for (const network of networksWithPlugin(options.cniConf)) {
+				stderr(`sidestep: the CNI plugin stays in ${network}: no pod starts while no agent answers it. \`sidestep cni uninstall\` takes it out\n`);
+			}
+
 			if (!isBpffs(options.bpffs)) {
 				stdout('nothing is loaded\n');
 				return;

@@ -11,7 +11,7 @@ const MAP_TYPES: Readonly<Record<number, string>> = {1: 'hash', 2: 'array', 5: '
 /** Maps with a `flags` in their value, and the enum that names its bits. */
 const FLAGS: Readonly<Partial<Record<MapName, string>>> = {pods: 'pod_flags', prefixes: 'prefix_flags', ports: 'port_flags'};
 
-export function statusRows(datapath: Datapath, agentRunning: boolean) {
+export function statusRows(datapath: Datapath, {agentRunning, networks}: {readonly agentRunning: boolean; readonly networks: readonly string[]}) {
 	const build = datapath.maps.build.get(0);
 	return {
 		agent: agentRunning ? 'running' : 'not running (capture goes on without it)',
@@ -19,6 +19,7 @@ export function statusRows(datapath: Datapath, agentRunning: boolean) {
 		version: build?.version ?? 'unknown',
 		object: build?.objectSha256.slice(0, 16) ?? 'unknown',
 		pods: datapath.rawMaps.get('pods')!.count(),
+		cniPlugin: networks.length > 0 ? `in ${networks.join(', ')}${agentRunning ? '' : ': no pod starts without an agent'}` : 'not installed',
 		refusedAtUnknownAddresses: datapath.maps.node.get(0)?.unknownAddresses,
 		programs: [...datapath.programs].map(([name, program]) => {
 			const {id, tag, runCount, runTimeNs} = program.info();

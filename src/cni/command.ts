@@ -17,10 +17,11 @@ interface Options {
 	readonly cniTimeout: number;
 }
 
+export const cniConfOption = () => new Option('--cni-conf <directory>', 'where the container runtime looks for networks').env('SIDESTEP_CNI_CONF').default(DEFAULT_CNI_CONF);
+
 /** Adds `cni install` and `cni uninstall`. */
 export function addCniCommand(program: Command, {stderr}: Pick<Environment, 'stderr'>): void {
 	const bin = () => new Option('--cni-bin <directory>', 'where the container runtime looks for plugins').env('SIDESTEP_CNI_BIN').default(DEFAULT_CNI_BIN);
-	const conf = () => new Option('--cni-conf <directory>', 'where the container runtime looks for networks').env('SIDESTEP_CNI_CONF').default(DEFAULT_CNI_CONF);
 	const installer = ({cniBin, cniConf, cniSocket = DEFAULT_CNI_SOCKET, cniTimeout = DEFAULT_CNI_TIMEOUT_SECONDS}: Partial<Options>) => new CniInstaller({
 		binary: BUILT_PLUGIN, binDir: path.resolve(cniBin!), confDir: path.resolve(cniConf!), socketPath: cniSocket, timeoutSeconds: cniTimeout,
 		log(line) {
@@ -32,7 +33,7 @@ export function addCniCommand(program: Command, {stderr}: Pick<Environment, 'std
 	command.command('install')
 		.description('put the plugin in place, once (`sidestep run` does that itself, and keeps it there)')
 		.addOption(bin())
-		.addOption(conf())
+		.addOption(cniConfOption())
 		.addOption(new Option('--cni-socket <path>', 'the agent\'s socket, as the host sees it').env('SIDESTEP_CNI_SOCKET').default(DEFAULT_CNI_SOCKET))
 		.addOption(new Option('--cni-timeout <seconds>', 'how long a pod\'s start is held').env('SIDESTEP_CNI_TIMEOUT').argParser(seconds).default(DEFAULT_CNI_TIMEOUT_SECONDS))
 		.action((options: Options) => {
@@ -41,7 +42,7 @@ export function addCniCommand(program: Command, {stderr}: Pick<Environment, 'std
 	command.command('uninstall')
 		.description('take the plugin out again once the agent is removed for good: while the plugin is in place and no agent answers, no pod starts')
 		.addOption(bin())
-		.addOption(conf())
+		.addOption(cniConfOption())
 		.option('--keep-file', 'leave the plugin\'s file: under CRI-O, pods that started with it need it to end', false)
 		.action((options: Options & {keepFile: boolean}) => {
 			installer(options).uninstall({keepFile: options.keepFile});

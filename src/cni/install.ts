@@ -326,6 +326,15 @@ export class CniInstaller {
 	}
 }
 
+/** Files of networks in `confDir` whose chain has the plugin; also when it cannot be read, as far as a look can tell. */
+export function networksWithPlugin(confDir: string): readonly string[] {
+	try {
+		return listNames(confDir).filter(isList).map(name => path.join(confDir, name)).filter(file => readFileSync(file, 'utf8').includes(PLUGIN_NAME));
+	} catch {
+		return [];
+	}
+}
+
 const isList = (file: string) => file.endsWith('.conflist');
 const listBeside = (file: string) => file.replace(/\.(?:conf|json)$/, '.conflist');
 const toText = (value: Json) => `${JSON.stringify(value, undefined, 2)}\n`;

@@ -18,6 +18,8 @@ export interface PodSpec {
 	readonly findNetns?: () => string;
 	/** The pod's addresses; read from the namespace when left out. */
 	readonly ips?: readonly string[];
+	/** Its deletion was asked for: that its namespace is gone is no failure. */
+	readonly isEnding?: boolean;
 	readonly wish: Wish;
 }
 

@@ -85,7 +85,7 @@ export class Reflector<T extends KubernetesObject> {
 	#badWatches = 0;
 	#lastContactMs: number | undefined;
 	#caughtUpMs: number | undefined;
-	#complaint = '';
+	#complaint: {readonly kind: FailureKind; readonly text: string} | undefined;
 
 	constructor(options: ReflectorOptions<T>) {
 		this.#options = options;
@@ -112,6 +112,11 @@ export class Reflector<T extends KubernetesObject> {
 	/** When the server last had nothing older to tell: after a list, and at bookmarks. On the clock of `performance.now()`. */
 	get caughtUpMs(): number | undefined {
 		return this.#caughtUpMs;
+	}
+
+	/** What went wrong last, until a watch was steady again. */
+	get problem(): string | undefined {
+		return this.#complaint?.text;
 	}
 
 	/** Follows the server until `signal` aborts; then resolves, and `onChange` is not called any more. Never rejects. */
@@ -227,7 +232,7 @@ export class Reflector<T extends KubernetesObject> {
 		this.#badWatches = 0;
 		this.#options.client.pace.recovered(this.#source);
 		if (this.#complaint) {
-			this.#complaint = '';
+			this.#complaint = undefined;
 			this.#options.log(`following ${this.#options.path} again`);
 		}
 	}
@@ -239,6 +244,10 @@ export class Reflector<T extends KubernetesObject> {
 
 		if (type === 'BOOKMARK') {
 			const {resourceVersion} = ((object as {metadata?: unknown} | null)?.metadata ?? {}) as {readonly resourceVersion?: unknown};
+			if (typeof resourceVersion === 'string' && isOlder(resourceVersion, this.#version ?? '')) {
+				throw statusError(what, {code: 410, reason: 'Expired', message: `its versions went back from ${this.#version} to ${resourceVersion}: was it restored from a backup?`});
+			}
+
 			this.#lastContactMs = performance.now();
 			this.#caughtUpMs = this.#lastContactMs;
 			this.counters.bookmarks++;
@@ -361,11 +370,13 @@ export class Reflector<T extends KubernetesObject> {
 			this.#version = undefined;
 		}
 
+		const text = `following ${path}: ${reasonOf(error)}`;
 		// Once for each thing that goes wrong, not for each time.
-		if (this.#complaint !== kind) {
-			this.#complaint = kind;
-			log(`following ${path}: ${reasonOf(error)}`);
+		if (this.#complaint?.kind !== kind) {
+			log(text);
 		}
+
+		this.#complaint = {kind, text};
 	}
 }
 

@@ -33,6 +33,13 @@ export function requireCapabilities(): void {
 	}
 }
 
+/** @throws HostError when `proc` is not what shows the host's processes. */
+export function requireProc(proc: string): void {
+	if (!existsSync(path.join(proc, '1'))) {
+		throw new HostError(`${proc} shows no process 1`, 'give the host\'s /proc by --proc; in a container it has to be mounted');
+	}
+}
+
 export function isBpffs(directory: string): boolean {
 	return existsSync(directory) && native.filesystemType(directory) === BPF_FS_MAGIC;
 }

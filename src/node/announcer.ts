@@ -37,6 +37,15 @@ export class Announcer {
 		}
 	}
 
+	/** What these pods show is perhaps not what was reported last. Of those that no round has looked at yet, one will. */
+	reported(names: Iterable<string>): void {
+		for (const name of names) {
+			if (this.#uids.get(name) === this.options.pod(name)?.uid) {
+				this.#announce(name, undefined);
+			}
+		}
+	}
+
 	/** ztunnel has said something new about a workload. */
 	decided(uid: string): void {
 		const name = this.#names.get(uid);
@@ -101,7 +110,9 @@ export class Announcer {
 				this.#put(pod, file);
 			}
 
-			this.#report(pod);
+			if (file || pod.deletionTimestamp === undefined) {
+				this.#report(pod);
+			}
 		}
 	}
 

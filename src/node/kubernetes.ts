@@ -97,6 +97,7 @@ export class KubernetesNode {
 	get problems(): readonly string[] {
 		return [
 			...(this.#pods.isSynced ? [] : ['the API server has not told of all pods yet']),
+			...Object.values(this.#pods.reflectors).flatMap(({problem}) => problem ?? []),
 			...(this.#installer?.state.problem === undefined ? [] : [this.#installer.state.problem]),
 			...(this.#cni?.problem === undefined ? [] : [this.#cni.problem]),
 			...(this.#zds.problem === undefined ? [] : [this.#zds.problem]),
@@ -104,23 +105,29 @@ export class KubernetesNode {
 	}
 
 	/**
-	Listens, and follows the API server.
+	ztunnel and the CNI plugin can connect; they wait until the first round is done.
 
-	@returns when all pods that there were are in {@link specs}; or `signal` aborted.
 	@throws HostError when a socket is taken.
 	*/
-	async start(loop: LoopHandle, signal: AbortSignal): Promise<void> {
-		this.#loop = loop;
+	async listen(): Promise<void> {
 		this.#zds.listen();
 		if (this.options.cni) {
 			this.#cni = new CniServer({
 				socketPath: this.options.cni.socketPath,
 				log: this.log,
-				handler: cniHandler({pods: this.#pods, zds: this.#zds, look: name => loop.look(name), namespaceOf: name => loop.namespaceOf(name)}),
+				handler: cniHandler({pods: this.#pods, zds: this.#zds, look: name => this.#loop?.look(name), namespaceOf: name => this.#loop?.namespaceOf(name)}),
 			});
 			await this.#cni.listen();
 		}
+	}
 
+	/**
+	Follows the API server.
+
+	@returns when all pods that there were are in {@link specs}; or `signal` aborted.
+	*/
+	async start(loop: LoopHandle, signal: AbortSignal): Promise<void> {
+		this.#loop = loop;
 		await new Promise<void>(resolve => {
 			if (signal.aborted) {
 				resolve();
@@ -130,9 +137,14 @@ export class KubernetesNode {
 			signal.addEventListener('abort', () => {
 				resolve();
 			}, {once: true});
-			this.#heard = this.#pods.run(names => {
-				resolve();
-				loop.wake(names);
+			this.#heard = this.#pods.run({
+				onChange: names => {
+					resolve();
+					loop.wake(names);
+				},
+				onReport: names => {
+					this.#announcer.reported(names);
+				},
 			}, this.#end.signal);
 		});
 	}

@@ -3,7 +3,7 @@ The options of `sidestep run` that say how to follow a cluster.
 */
 import path from 'node:path';
 import {InvalidArgumentError, Option, type Command} from 'commander';
-import {BUILT_PLUGIN, DEFAULT_CNI_BIN, DEFAULT_CNI_CONF} from '../cni/command.js';
+import {BUILT_PLUGIN, DEFAULT_CNI_BIN, cniConfOption} from '../cni/command.js';
 import {DEFAULT_CNI_TIMEOUT_SECONDS} from '../cni/install.js';
 import {DEFAULT_CNI_SOCKET} from '../cni/server.js';
 import {inClusterOptions} from '../kubernetes/client.js';
@@ -49,7 +49,7 @@ export function addNodeOptions(command: Command): Command {
 		.addOption(new Option('--zds-socket <path>', 'where ztunnel connects').env('SIDESTEP_ZDS_SOCKET').default(DEFAULT_ZDS_SOCKET))
 		.option('--no-cni', 'do not hold pods\' starts: their first connections may not be captured')
 		.addOption(new Option('--cni-bin <directory>', 'where the container runtime looks for plugins').env('SIDESTEP_CNI_BIN').default(DEFAULT_CNI_BIN))
-		.addOption(new Option('--cni-conf <directory>', 'where the container runtime looks for networks').env('SIDESTEP_CNI_CONF').default(DEFAULT_CNI_CONF))
+		.addOption(cniConfOption())
 		.addOption(new Option('--cni-socket <path>', 'where the CNI plugin calls').env('SIDESTEP_CNI_SOCKET').default(DEFAULT_CNI_SOCKET))
 		.addOption(new Option('--cni-timeout <seconds>', 'how long a pod\'s start is held').env('SIDESTEP_CNI_TIMEOUT').argParser(seconds).default(DEFAULT_CNI_TIMEOUT_SECONDS));
 }

@@ -7,6 +7,7 @@ import type {PodSpec, Wish} from '../config/pods-file.js';
 import type {KubernetesClient} from '../kubernetes/client.js';
 import {STATIC_POD_HASH, readNamespace, readPod, type NamespaceObject, type PodObject} from '../kubernetes/objects.js';
 import {Reflector, type ReflectorTiming} from '../kubernetes/reflector.js';
+import {REDIRECTION} from '../kubernetes/status.js';
 import {canonicalAddress} from '../maps/address.js';
 import {accelerationOf, decideEnrolment, type NodeDefaults} from '../redirect/annotations.js';
 import type {NetnsIdentity} from '../pods/facts.js';
@@ -26,13 +27,17 @@ export interface NodePodsOptions {
 /** A pod that the CNI call tells of is often not in the cache yet. One that is not there after so long, with a server that answers, was deleted meanwhile. */
 const CALLED_MS = 60_000;
 
-/** A pod that the CNI call told of before the watch did. */
-interface CalledPod {
+/** What decides. */
+interface Asked {
 	readonly pod: PodObject;
+	readonly namespaceLabels: Readonly<Record<string, string>>;
+}
+
+/** A pod that the CNI call told of before the watch did. */
+interface CalledPod extends Asked {
 	/** Who had its name then, as far as the watch had heard. */
 	readonly formerUid: string | undefined;
 	readonly at: number;
-	readonly namespaceLabels: Readonly<Record<string, string>>;
 }
 
 /** What the CNI call said. */
@@ -43,17 +48,24 @@ interface Sandbox {
 	readonly outdated: readonly string[];
 }
 
+export interface NodePodsListener {
+	/** Called with the names of pods that are new, gone, or others than before; for the first time when all are known. */
+	onChange(names: ReadonlySet<string>): void;
+	/** Of these pods, what is reported of them ({@link REDIRECTION}) is another, and nothing else. */
+	onReport(names: ReadonlySet<string>): void;
+}
+
 export class NodePods {
 	readonly #options: NodePodsOptions;
 	readonly #pods: Reflector<PodObject>;
 	readonly #namespaces: Reflector<NamespaceObject>;
 	readonly #specs = new Map<string, PodSpec>();
 	readonly #called = new Map<string, CalledPod>();
-	/** By name: whose spec it is. */
-	readonly #uids = new Map<string, string>();
+	/** By name: what {@link specs} was made of. */
+	readonly #read = new Map<string, PodObject>();
 	/** By the pod's uid. */
 	readonly #sandboxes = new Map<string, Sandbox>();
-	#onChange: (names: ReadonlySet<string>) => void = () => {};
+	#listener: NodePodsListener = {onChange() {}, onReport() {}};
 
 	constructor(options: NodePodsOptions) {
 		this.#options = options;
@@ -61,7 +73,7 @@ export class NodePods {
 		this.#pods = new Reflector({
 			client, log, path: '/api/v1/pods', query: {fieldSelector: `spec.nodeName=${node}`}, transform: readPod,
 			onChange: keys => {
-				this.#update(keys);
+				this.#hear(keys);
 			},
 			...(timing ? {timing} : {}),
 		});
@@ -88,13 +100,9 @@ export class NodePods {
 		return {pods: this.#pods as Reflector<PodObject | NamespaceObject>, namespaces: this.#namespaces};
 	}
 
-	/**
-	Follows the API server until `signal` aborts.
-
-	@param onChange - called with the names of pods that are new, gone, or others than before; for the first time when all are known.
-	*/
-	async run(onChange: (names: ReadonlySet<string>) => void, signal: AbortSignal): Promise<void> {
-		this.#onChange = onChange;
+	/** Follows the API server until `signal` aborts. */
+	async run(listener: NodePodsListener, signal: AbortSignal): Promise<void> {
+		this.#listener = listener;
 		await Promise.all([this.#pods.run(signal), this.#namespaces.run(signal)]);
 	}
 
@@ -116,19 +124,16 @@ export class NodePods {
 	*/
 	async call({name, uid, sandbox, ips, netns}: {readonly name: string; readonly uid: string; readonly sandbox: string; readonly ips: readonly string[]; readonly netns: string}, signal: AbortSignal): Promise<{readonly pod: PodObject; readonly wish: Wish}> {
 		const heard = this.#pods.items.get(name);
-		let pod = heard;
-		if (!pod || !isUid(pod, uid)) {
-			const [namespace, podName] = name.split('/') as [string, string];
-			pod = readPod(await this.#options.client.get(`/api/v1/namespaces/${encodeURIComponent(namespace)}/pods/${encodeURIComponent(podName)}`, {signal}));
-			if (!pod || !isUid(pod, uid)) {
-				throw new InputError(`pod ${name}`, `the API server has no such pod with the uid ${uid}: it was deleted, or replaced by another of its name`);
-			}
+		let found = this.#heard(name, uid);
+		// A watch can fall silent, and what was heard be old: enough to capture a pod, and to be mended later; not enough to let it start uncaptured.
+		if (!found || !('capture' in this.#wishFor(found.pod, found.namespaceLabels))) {
+			found = await this.#ask(name, uid, signal);
 		}
 
-		const namespaceLabels = this.#namespaces.items.get(pod.namespace)?.labels
-			?? readNamespace(await this.#options.client.get(`/api/v1/namespaces/${encodeURIComponent(pod.namespace)}`, {signal}))?.labels;
-		if (!namespaceLabels) {
-			throw new InputError(`pod ${name}`, `what the API server says about its namespace ${pod.namespace} is no namespace`);
+		const {pod, namespaceLabels} = found;
+		const {node} = this.#options;
+		if (pod.nodeName !== '' && pod.nodeName !== node) {
+			throw new InputError(`pod ${name}`, `it starts here and is on node ${pod.nodeName} for the API server, but the agent follows those of ${node}: --node (NODE_NAME) is wrong`);
 		}
 
 		const wish = this.#wishFor(pod, namespaceLabels);
@@ -141,7 +146,35 @@ export class NodePods {
 		}
 
 		this.#update([name]);
+		const specWish = this.#specs.get(name)?.wish;
+		if ('capture' in wish && specWish && 'leave' in specWish) {
+			return {pod, wish: {waiting: `the agent has not heard yet that it is to be captured (so far: ${specWish.leave})`}};
+		}
+
 		return {pod, wish};
+	}
+
+	#heard(name: string, uid: string): Asked | undefined {
+		const pod = this.#pods.items.get(name);
+		const namespaceLabels = pod && this.#namespaces.items.get(pod.namespace)?.labels;
+		return namespaceLabels && isUid(pod, uid) ? {pod, namespaceLabels} : undefined;
+	}
+
+	async #ask(name: string, uid: string, signal: AbortSignal): Promise<Asked> {
+		const {client} = this.#options;
+		const [namespace, podName] = name.split('/').map(part => encodeURIComponent(part)) as [string, string];
+		const [podAnswer, namespaceAnswer] = await Promise.all([client.get(`/api/v1/namespaces/${namespace}/pods/${podName}`, {signal}), client.get(`/api/v1/namespaces/${namespace}`, {signal})]);
+		const pod = readPod(podAnswer);
+		if (!pod || !isUid(pod, uid)) {
+			throw new InputError(`pod ${name}`, `the API server has no such pod with the uid ${uid}: it was deleted, or replaced by another of its name`);
+		}
+
+		const namespaceLabels = readNamespace(namespaceAnswer)?.labels;
+		if (!namespaceLabels) {
+			throw new InputError(`pod ${name}`, `what the API server says about its namespace ${pod.namespace} is no namespace`);
+		}
+
+		return {pod, namespaceLabels};
 	}
 
 	/** Whether the CNI call, or a look at its processes, said that the pod is there. */
@@ -166,6 +199,24 @@ export class NodePods {
 		this.#update([name]);
 	}
 
+	/** Of a pod whose report changed, and nothing else, there is nothing new to capture: each report that the agent makes is heard here again. */
+	#hear(names: ReadonlySet<string>): void {
+		const reported = new Set([...names].filter(name => this.#isReported(name)));
+		if (reported.size > 0) {
+			this.#listener.onReport(reported);
+		}
+
+		if (reported.size < names.size || names.size === 0) {
+			this.#update([...names].filter(name => !reported.has(name)));
+		}
+	}
+
+	#isReported(name: string): boolean {
+		const before = this.#read.get(name);
+		const now = this.#pods.items.get(name);
+		return before !== undefined && now !== undefined && !this.#called.has(name) && isDeepStrictEqual(unreported(before), unreported(now));
+	}
+
 	#update(names: Iterable<string>): void {
 		if (!this.isSynced) {
 			return;
@@ -174,22 +225,22 @@ export class NodePods {
 		const all = new Set([...this.#specs.size === 0 ? this.#pods.items.keys() : [], ...names, ...this.#dropCalled()]);
 		for (const name of all) {
 			const pod = this.pod(name);
-			const former = this.#uids.get(name);
+			const former = this.#read.get(name)?.uid;
 			if (former !== undefined && former !== pod?.uid) {
 				this.#sandboxes.delete(former);
 				this.#options.locator.forget(former);
 			}
 
 			if (pod) {
-				this.#uids.set(name, pod.uid);
+				this.#read.set(name, pod);
 				this.#specs.set(name, this.#specOf(name, pod));
 			} else {
-				this.#uids.delete(name);
+				this.#read.delete(name);
 				this.#specs.delete(name);
 			}
 		}
 
-		this.#onChange(all);
+		this.#listener.onChange(all);
 	}
 
 	/** @returns their names. */
@@ -233,7 +284,7 @@ export class NodePods {
 		}
 
 		const hash = pod.annotations[STATIC_POD_HASH];
-		return {name, wish, ips, findNetns: () => this.#options.locator.find({name, uids: [pod.uid, ...(hash === undefined ? [] : [hash])], ips})};
+		return {name, wish, ips, isEnding: pod.deletionTimestamp !== undefined, findNetns: () => this.#options.locator.find({name, uids: [pod.uid, ...(hash === undefined ? [] : [hash])], ips})};
 	}
 
 	#wishFor(pod: PodObject, namespaceLabels: Readonly<Record<string, string>>): Wish {
@@ -254,6 +305,11 @@ export class NodePods {
 			throw error;
 		}
 	}
+}
+
+function unreported(pod: PodObject): PodObject {
+	const {[REDIRECTION]: _, ...annotations} = pod.annotations;
+	return {...pod, annotations};
 }
 
 /** The kubelet names a static pod by its hash, the API its mirror by another uid. */

@@ -6,7 +6,7 @@ import {reasonOf} from '../errors.js';
 import {addressToBytes} from '../maps/address.js';
 import {
 	KEPT_SOURCE_MARK, KEPT_SOURCE_MASK, NAMESPACE_ACCEPT, NAMESPACE_PASSTHROUGH, NAMESPACE_REFLECT4, NAMESPACE_REFLECT6, NAMESPACE_ROUTE4, NAMESPACE_ROUTE6, NAMESPACE_RULE4,
-	NAMESPACE_RULE6, POD_KEEP_SOURCE, POD_SIDECAR, type Maps,
+	NAMESPACE_RULE6, POD_KEEP_SOURCE, POD_SIDECAR, type Maps, type NetnsCookie,
 } from '../maps/schema.js';
 import type {NetNs} from '../native.js';
 import {PASSTHROUGH_ADDRESS, type PodPolicy} from '../redirect/policy.js';
@@ -16,23 +16,28 @@ const TABLE = 100;
 const PRIORITY = 32_764;
 const RTN_LOCAL = 2;
 
-type Readable = Pick<NetNs, 'rules' | 'routes' | 'addresses' | 'sysctl'>;
+interface Readable extends Pick<NetNs, 'rules' | 'routes' | 'addresses'> {
+	isOn(sysctl: string): boolean;
+}
 
-/** Reads each thing once. */
-function readOnce(netns: NetNs): Readable {
+/** Reads each thing once, and all of these sysctls together. */
+function readOnce(netns: NetNs, proc: string, sysctls: readonly string[]): Readable {
 	const once = <T>(read: () => T): (() => T) => {
 		let value: T | undefined;
 		return () => value ??= read();
 	};
 
-	return {rules: once(() => netns.rules()), routes: once(() => netns.routes()), addresses: once(() => netns.addresses()), sysctl: (proc, name) => netns.sysctl(proc, name)};
+	const values = once(() => netns.sysctls(proc, sysctls));
+	return {rules: once(() => netns.rules()), routes: once(() => netns.routes()), addresses: once(() => netns.addresses()), isOn: sysctl => values()[sysctls.indexOf(sysctl)] === '1'};
 }
 
 interface Change {
 	readonly bit: number;
 	/** For people. */
 	readonly name: string;
-	isMade(netns: Readable, proc: string): boolean;
+	/** What it switches on. */
+	readonly sysctl?: string;
+	isMade(netns: Readable): boolean;
 	make(netns: NetNs, proc: string): void;
 	undo(netns: NetNs, proc: string): void;
 }
@@ -62,7 +67,8 @@ const defaultRoute = (bit: number, family: 4 | 6): Change => {
 const switchOn = (bit: number, name: string): Change => ({
 	bit,
 	name,
-	isMade: (netns, proc) => netns.sysctl(proc, name) === '1',
+	sysctl: name,
+	isMade: netns => netns.isOn(name),
 	make: (netns, proc) => netns.setSysctl(proc, name, '1'),
 	undo: (netns, proc) => netns.setSysctl(proc, name, '0'),
 });
@@ -76,28 +82,30 @@ const passthrough: Change = {
 };
 const PASSTHROUGH = {address: addressToBytes(PASSTHROUGH_ADDRESS), prefixLength: 128, interfaceName: 'lo'};
 
+const accept = switchOn(NAMESPACE_ACCEPT, 'net/ipv4/tcp_fwmark_accept');
 const KEEP_SOURCE4 = [
 	rule(NAMESPACE_RULE4, 4),
 	defaultRoute(NAMESPACE_ROUTE4, 4),
-	switchOn(NAMESPACE_ACCEPT, 'net/ipv4/tcp_fwmark_accept'),
+	accept,
 	// Without it the reset of a closed port leaves by eth0, and the proxy waits for nothing.
 	switchOn(NAMESPACE_REFLECT4, 'net/ipv4/fwmark_reflect'),
 ];
 const KEEP_SOURCE6 = [
 	rule(NAMESPACE_RULE6, 6),
 	defaultRoute(NAMESPACE_ROUTE6, 6),
-	switchOn(NAMESPACE_ACCEPT, 'net/ipv4/tcp_fwmark_accept'),
+	accept,
 	switchOn(NAMESPACE_REFLECT6, 'net/ipv6/fwmark_reflect'),
 ];
 const ALL = new Map([...KEEP_SOURCE4, ...KEEP_SOURCE6, passthrough].map(change => [change.bit, change]));
 
 function changesFor({pod, info}: PodPolicy): readonly Change[] {
 	const keepsSource = (pod.flags & POD_KEEP_SOURCE) !== 0;
-	return [
+	// One is in both.
+	return [...new Set([
 		...(keepsSource && info.address4 ? KEEP_SOURCE4 : []),
 		...(keepsSource && info.address6 ? KEEP_SOURCE6 : []),
 		...(pod.flags & POD_SIDECAR && info.address6 ? [passthrough] : []),
-	];
+	])];
 }
 
 /**
@@ -108,8 +116,9 @@ Makes what is missing, and undoes what a former policy needed.
 */
 export function prepareNamespace({podInfo}: Pick<Maps, 'podInfo'>, policy: PodPolicy, netns: NetNs, proc: string): boolean {
 	const wanted = changesFor(policy);
-	const now = readOnce(netns);
-	const missing = wanted.filter(change => !change.isMade(now, proc));
+	const read = () => readOnce(netns, proc, wanted.flatMap(({sysctl}) => sysctl ?? []));
+	const now = read();
+	const missing = wanted.filter(change => !change.isMade(now));
 	const info = podInfo.get(policy.cookie)!;
 	const stale = [...ALL.values()].filter(({bit}) => info.namespaceChanges & bit && !wanted.some(change => change.bit === bit));
 	if (missing.length + stale.length === 0) {
@@ -121,7 +130,11 @@ export function prepareNamespace({podInfo}: Pick<Maps, 'podInfo'>, policy: PodPo
 	podInfo.set(policy.cookie, {...info, namespaceChanges: missing.reduce((bits, {bit}) => bits | bit, info.namespaceChanges)});
 	for (const change of missing) {
 		change.make(netns, proc);
-		if (!change.isMade(netns, proc)) {
+	}
+
+	const then = read();
+	for (const change of missing) {
+		if (!change.isMade(then)) {
 			throw new Error(`\`${change.name}\` cannot be made, as something else is in its place`);
 		}
 	}
@@ -135,23 +148,27 @@ export function prepareNamespace({podInfo}: Pick<Maps, 'podInfo'>, policy: PodPo
 }
 
 /**
-Takes back what `changes` (NAMESPACE_… bits) says was made: all that is possible.
+Takes back what was made: all that is possible.
 
-@throws Error that names what was not.
+@throws Error that names what was not; that much stays written down.
 */
-export function restoreNamespace(changes: number, netns: NetNs, proc: string): void {
+export function restoreNamespace({podInfo}: Pick<Maps, 'podInfo'>, cookie: NetnsCookie, netns: NetNs, proc: string): void {
+	const info = podInfo.get(cookie)!;
+	let left = 0;
 	const failures: string[] = [];
 	for (const [bit, change] of ALL) {
 		try {
-			if (changes & bit) {
+			if (info.namespaceChanges & bit) {
 				change.undo(netns, proc);
 			}
 		} catch (error) {
+			left |= bit;
 			failures.push(`${change.name} (${reasonOf(error)})`);
 		}
 	}
 
 	if (failures.length > 0) {
+		podInfo.set(cookie, {...info, namespaceChanges: left});
 		throw new Error(failures.join(', '));
 	}
 }

@@ -1,12 +1,13 @@
 /** Bad input: each a clear error, nothing changed, nothing half-attached. */
 import {once} from 'node:events';
-import {existsSync, mkdirSync, readdirSync, writeFileSync} from 'node:fs';
+import {existsSync, mkdirSync, readFileSync, readdirSync, writeFileSync} from 'node:fs';
 import {createServer, type AddressInfo} from 'node:net';
 import path from 'node:path';
 import test from 'ava';
 import {native} from '../../src/native.js';
 import {podEntry} from '../helpers/capture.js';
-import {run} from '../helpers/process.js';
+import {Cluster, NETWORK} from '../helpers/cluster.js';
+import {eventually, run} from '../helpers/process.js';
 import {CLI, World, type Agent} from '../helpers/world.js';
 
 const nothingIsLoaded = (world: World) => !existsSync(`${world.bpffs}/sidestep`) || readdirSync(`${world.bpffs}/sidestep`).length === 0;
@@ -49,6 +50,40 @@ test('a pods file that is missing, a directory or a fifo: the agent does not sta
 	}
 
 	t.true(nothingIsLoaded(world));
+});
+
+test('an API server that cannot be, a socket that is taken, a /proc without processes: the agent does not start, and leaves nothing behind', async t => {
+	const cluster = await Cluster.create(t);
+	const {world} = cluster;
+	const other = createServer().listen(cluster.zdsSocket);
+	await once(other, 'listening');
+	t.teardown(() => {
+		other.close();
+	});
+	for (const [extra, message] of [
+		[['--api-server', 'ftp://nowhere'], /ftp:\/\/nowhere/], [[], /ztunnel\.sock/], [['--proc', world.directory], /shows no process 1/],
+	] as const) {
+		const {code, stderr} = await fails(cluster.startAgent(extra));
+		t.true(code === 1 || code === 2, stderr);
+		t.regex(stderr, message);
+		t.true(nothingIsLoaded(world));
+		t.is(attached(world), 0);
+	}
+});
+
+test('status and unload tell of a CNI plugin that would hold every pod\'s start', async t => {
+	const cluster = await Cluster.create(t);
+	const {world} = cluster;
+	const agent = await cluster.agent(['--cni']);
+	const network = path.join(world.directory, 'cni-conf', NETWORK);
+	await eventually('it is installed', () => readFileSync(network, 'utf8').includes('sidestep-cni'));
+	await agent.running.stop('SIGTERM');
+	const conf = ['--cni-conf', path.dirname(network)];
+	const status = world.sidestep('status', ...conf);
+	t.true(status.stdout.includes(`cniPlugin: in ${network}: no pod starts without an agent`), status.stdout);
+	const {stderr} = world.sidestep('unload', ...conf);
+	t.true(stderr.includes(`the CNI plugin stays in ${network}`), stderr);
+	t.regex(stderr, /sidestep cni uninstall/);
 });
 
 test('a pods file that is replaced by rename, or through a symbolic link as in a mounted ConfigMap, is read again', async t => {
@@ -288,6 +323,7 @@ test('misuse of the command line ends with 2, and help works for every command',
 		t.not(stderr, '');
 	}
 
+	t.regex(world.sidestep('run', '--node', '', '--bpffs', world.bpffs, '--cgroup', world.cgroup).stderr, /where are the pods to come from\?/);
 	for (const command of [[], ['run'], ['check'], ['status'], ['pods'], ['map'], ['map', 'list'], ['map', 'dump'], ['unload']]) {
 		const {code, stdout} = run(process.execPath, [CLI, ...command, '--help']);
 		t.is(code, 0);

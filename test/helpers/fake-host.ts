@@ -192,10 +192,11 @@ export class FakeHost {
 	}
 
 	settings({netns}: Space): Settings {
+		const switches = netns.sysctls('/proc', SWITCHES);
 		return new Set([
 			...netns.rules().filter(({mark}) => mark === KEPT_SOURCE_MARK).map(({family}) => `rule ${family}`),
 			...netns.routes().filter(({table}) => table === TABLE).map(({family}) => `route ${family}`),
-			...SWITCHES.filter(name => netns.sysctl('/proc', name) === '1'),
+			...SWITCHES.filter((_, index) => switches[index] === '1'),
 			...netns.addresses().some(({address, isLoopback}) => isLoopback && address.length === 16 && Buffer.compare(address, addressToBytes('::6')) === 0) ? ['::6'] : [],
 		]);
 	}

@@ -171,13 +171,16 @@ export class MortalAgent {
 
 	async #run(): Promise<void> {
 		await new Promise<void>(resolve => {
-			void this.pods.run(names => {
-				for (const name of names) {
-					this.#woken.add(name);
-				}
+			void this.pods.run({
+				onChange: names => {
+					for (const name of names) {
+						this.#woken.add(name);
+					}
 
-				resolve();
-				this.#loop.wake(names);
+					resolve();
+					this.#loop.wake(names);
+				},
+				onReport() {},
 			}, this.signal);
 		});
 		await this.#loop.run(this.signal);

@@ -271,6 +271,19 @@ export class FakeApiServer {
 		this.#pages.clear();
 	}
 
+	/** As after a backup was put back: the same objects, and versions go on from `version`. Watches end. */
+	restore(version: number): void {
+		this.#version = version;
+		this.compact();
+		for (const kind of ['pods', 'namespaces'] as const) {
+			for (const [key, object] of this.#objects[kind]) {
+				this.#objects[kind].set(key, {...object, metadata: {...object.metadata, resourceVersion: String(++this.#version)}});
+			}
+		}
+
+		this.endWatches();
+	}
+
 	/** Sets what goes wrong from now on; nothing by default. */
 	behave(hostility: Partial<Hostility> = {}): void {
 		for (const key of Object.keys(this.hostility)) {
@@ -381,13 +394,14 @@ export class FakeApiServer {
 			return;
 		}
 
-		const [, namespace, name, subresource] = /^\/api\/v1\/namespaces\/([^/]+)\/pods\/([^/]+)(\/status)?$/.exec(record.path) ?? [];
-		if (name !== undefined && method === 'GET' && subresource === undefined) {
-			const pod = this.#objects.pods.get(`${namespace}/${name}`);
-			if (pod) {
-				this.#respond(response, record, 200, {kind: 'Pod', apiVersion: 'v1', ...pod});
+		const [, namespace, name, subresource] = /^\/api\/v1\/namespaces\/([^/]+)(?:\/pods\/([^/]+)(\/status)?)?$/.exec(record.path) ?? [];
+		if (namespace !== undefined && method === 'GET' && subresource === undefined) {
+			const [kind, key] = name === undefined ? ['namespaces', namespace] as const : ['pods', `${namespace}/${name}`] as const;
+			const object = this.#objects[kind].get(key);
+			if (object) {
+				this.#respond(response, record, 200, {kind: PLURAL[kind].kind, apiVersion: 'v1', ...object});
 			} else {
-				this.#refuse(response, record, 404, 'NotFound', `pods "${name}" not found`);
+				this.#refuse(response, record, 404, 'NotFound', `${kind} "${name ?? namespace}" not found`);
 			}
 
 			return;
@@ -484,7 +498,7 @@ export class FakeApiServer {
 		}
 
 		const watcher: Watcher = {
-			kind, isSelected: selector(query), wantsBookmarks: query.get('allowWatchBookmarks') === 'true', record, response, version: Number(from) || this.#compacted, isStuck: false,
+			kind, isSelected: selector(query), wantsBookmarks: query.get('allowWatchBookmarks') === 'true', record, response, version: Math.min(Number(from) || this.#compacted, this.#version), isStuck: false,
 		};
 		this.#watchers.add(watcher);
 		const timeout = setTimeout(() => {

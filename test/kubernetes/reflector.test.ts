@@ -109,6 +109,27 @@ test('a watch that ends in the regular way goes on at once, without a list', asy
 	t.true(client.pace.isHealthy);
 });
 
+test('caught up is who has listed, or heard a bookmark; not who hears of something that may be old', async t => {
+	const bench = await makeBench(t, {server: {bookmarkMs: 1000}});
+	const {server} = bench;
+	const {reflector} = followPods(bench);
+	t.is(reflector.caughtUpMs, undefined);
+	await eventually('it watches', () => server.openWatches === 1);
+	const listed = reflector.caughtUpMs!;
+	t.true(listed > 0);
+	for (let index = 0; reflector.counters.events < 3; index++) {
+		server.put('pods', makePod('shop/web', {ips: [`10.0.0.${index}`]}));
+		await eventually('the event is there', () => reflector.counters.events > index);
+		if (reflector.counters.bookmarks === 0) {
+			t.is(reflector.caughtUpMs, listed);
+			t.true(reflector.lastContactMs! > listed);
+		}
+	}
+
+	await eventually('a bookmark', () => reflector.counters.bookmarks > 0);
+	t.true(reflector.caughtUpMs! > listed);
+});
+
 test('watches are asked to last different times, with bookmarks', async t => {
 	const bench = await makeBench(t, {server: {secondMs: 1}});
 	const {server} = bench;
@@ -138,6 +159,20 @@ test('a bookmark saves the list when older versions are compacted', async t => {
 	await eventually('it watches again', () => reflector.counters.watches === 2 && server.openWatches === 1);
 	t.is(reflector.counters.lists, 1);
 	t.is(server.requests('/api/v1/pods').filter(({isWatch}) => isWatch).at(-1)!.query.get('resourceVersion'), String(server.version));
+});
+
+test('versions that went back, as after a backup: all is listed again, and what happens from then on is news', async t => {
+	const bench = await makeBench(t, {server: {bookmarkMs: 30}});
+	const {server} = bench;
+	const pods = followPods(bench);
+	server.put('pods', makePod('shop/web'));
+	await untilEqual(t, server, pods);
+	server.restore(10);
+	await eventually('listed again', () => pods.reflector.counters.lists === 2);
+	server.put('pods', makePod('shop/web', {labels: {version: 'new'}}));
+	server.put('pods', makePod('shop/other'));
+	await untilEqual(t, server, pods);
+	t.regex(pods.reflector.problem ?? '', /versions went back/);
 });
 
 test('a watch in which nothing comes, not even a bookmark, is given up, and goes on where it was', async t => {

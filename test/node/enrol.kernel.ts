@@ -1,7 +1,7 @@
 /** Pods of a cluster: found, captured, followed and forgotten, as the API server and the kernel say. */
 import test from 'ava';
 import {AMBIENT, CGROUP_DRIVERS, Cluster, NODE, type CgroupDriver} from '../helpers/cluster.js';
-import {eventually} from '../helpers/process.js';
+import {eventually, must} from '../helpers/process.js';
 
 for (const driver of Object.keys(CGROUP_DRIVERS) as readonly CgroupDriver[]) {
 	test(`a pod is found by its uid in cgroups as ${driver} makes them`, async t => {
@@ -89,6 +89,39 @@ test('a pod that comes back under its name with another uid and namespace is ano
 	cluster.put(again);
 	await eventually('the kernel has the new one', () => cluster.world.json<ReadonlyArray<{netns?: string}>>('pods', 'shop/web-0').some(row => JSON.stringify(row).includes(again.pod.ipv4)));
 	t.deepEqual(cluster.enrolled(), ['shop/web-0']);
+});
+
+test('a pod that ends as it was asked to is no failure', async t => {
+	const cluster = await Cluster.create(t);
+	cluster.namespace('shop');
+	const annotations = {'sidecar.istio.io/status': '{}'};
+	const agent = await cluster.agent(['--resync', '200']);
+	const web = await cluster.pod('shop/web', {annotations});
+	await agent.says(/enrol shop\/web/);
+	cluster.put(web, {annotations, deletionTimestamp: new Date().toISOString()});
+	await agent.rounds(3);
+	t.deepEqual(cluster.enrolled(), ['shop/web'], 'it may go on for as long as its grace period');
+	await web.first!.stop('SIGKILL');
+	must('ip', 'netns', 'del', web.pod.netnsName);
+	must('ip', 'netns', 'add', web.pod.netnsName);
+	await eventually('it is not captured any more', () => cluster.enrolled().length === 0);
+	await agent.rounds(5);
+	t.deepEqual(cluster.api.events, []);
+	t.notRegex(agent.running.stderr, /no process/);
+});
+
+test('/readyz tells what the API server does wrong', async t => {
+	const cluster = await Cluster.create(t);
+	const agent = await cluster.agent();
+	cluster.api.behave({status: 503});
+	cluster.api.endWatches();
+	await eventually('it is not ready', async () => {
+		const {status, body} = await agent.get('/readyz');
+		return status === 503 && /following \/api\/v1\/(pods|namespaces): .*503/.test(body);
+	});
+	cluster.api.behave();
+	await agent.ready();
+	t.deepEqual(cluster.enrolled(), []);
 });
 
 test('without ztunnel a captured pod is pending, and what cannot be honoured is an event', async t => {

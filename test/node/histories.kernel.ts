@@ -529,11 +529,18 @@ class Play {
 		const {agent, host} = this;
 		const ips = [...space.addresses];
 		const facts = this.#facts(history);
-		const known = facts.pod?.uid === uid ? facts.pod : this.#isHearing || this.#isSilent ? history.pod! : undefined;
-		const wanted = wantedOf(history.name, known, facts.namespaceLabels);
-		const isAnswered = agent !== undefined && agent.isServing && known !== undefined && facts.namespaceLabels !== undefined;
-		const mayStart = isAnswered && wanted !== 'as before';
+		const heard = this.#isHearing ? history.pod : history.heard;
+		const isHeard = heard?.uid === uid;
+		const canAsk = this.#isHearing || this.#isSilent;
+		// What was heard is enough to capture a pod, and not to leave it alone.
+		const isEnough = isHeard && typeof wantedOf(history.name, heard, facts.namespaceLabels) === 'object';
+		const truth = isEnough ? heard : canAsk ? history.pod! : undefined;
+		const wanted = wantedOf(history.name, truth, isEnough ? facts.namespaceLabels : this.#labels.get(history.namespace));
+		const isAnswered = agent !== undefined && agent.isServing && truth !== undefined && facts.namespaceLabels !== undefined;
 		const isCapture = typeof wanted === 'object';
+		// By this the pod is captured from then on.
+		const known = isHeard ? heard : truth;
+		const mayStart = isAnswered && (isCapture ? typeof wantedOf(history.name, known, facts.namespaceLabels) === 'object' : wanted === 'nothing');
 		const told = {uid, id: sandbox.id, ips, statusIps: known?.ips.join() ?? '', file: sandbox.file, space};
 		const call = async () => {
 			try {
