@@ -26,17 +26,19 @@ test.serial('a ztunnel that connects before the agent knows its pods hears nothi
 	cluster.api.delete('pods', gone.key);
 	cluster.api.behave({status: 500, applies: ({path}) => path === '/api/v1/pods'});
 	const before = told(ztunnel).length;
+	// It may have met the end of the first agent twice.
+	const heard = () => told(ztunnel).slice(before).filter(line => !line.endsWith('connected')).sort();
 	const second = cluster.startAgent();
-	await ztunnel.until('it is connected', () => told(ztunnel).length > before);
+	await second.says(/ztunnel \(pid \d+\) connected/);
 	await second.says(/500/);
 	await sleep(1000);
-	t.deepEqual(told(ztunnel).slice(before), ['connected']);
+	t.deepEqual(heard(), []);
 	t.deepEqual(works(good, bad, gone), ['ok', 'ok', 'ok']);
 
 	cluster.api.behave({});
 	await second.ready();
-	await ztunnel.until('it has a snapshot', () => told(ztunnel).slice(before).includes('snapshot 2'));
-	t.deepEqual(told(ztunnel).slice(before).sort(), [`add ${good.uid}`, 'connected', `keep ${bad.uid}`, 'snapshot 2']);
+	await ztunnel.until('it has a snapshot', () => heard().includes('snapshot 2'));
+	t.deepEqual(heard(), [`add ${good.uid}`, `keep ${bad.uid}`, 'snapshot 2']);
 	t.deepEqual(works(good, bad), ['ok', 'ok']);
 	t.deepEqual(cluster.enrolled(), ['shop/bad', 'shop/good']);
 	t.false(ztunnel.hasEnded, ztunnel.stderr);
