@@ -123,6 +123,16 @@ export class MapFullError extends AgentError {
 	}
 }
 
+/** A change of the kernel's maps that failed in the middle, and could not be taken back: what they hold of it is not known. */
+export class TornChangeError extends AgentError {
+	readonly code = 'ERR_TORN_CHANGE';
+
+	/** @param undoing - why it could not be taken back. */
+	constructor(undoing: unknown, options: ErrorOptions) {
+		super(`its entries could be changed in part only (${reasonOf(options.cause)}), and not back (${reasonOf(undoing)}): mended soon`, options);
+	}
+}
+
 export class OtherCgroupError extends AgentError {
 	readonly code = 'ERR_OTHER_CGROUP';
 

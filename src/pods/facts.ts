@@ -49,7 +49,7 @@ The namespace of this name if it is still this one.
 
 @throws the kernel's error when it cannot be opened for another reason than that it is gone.
 */
-function openSame(path: string, {device, inode}: NetnsIdentity, cookie: NetnsCookie | undefined): NetNs | undefined {
+export function openSame(path: string, {device, inode}: NetnsIdentity, cookie: NetnsCookie | undefined): NetNs | undefined {
 	let netns: NetNs;
 	try {
 		netns = native.openNetns(path);

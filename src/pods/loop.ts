@@ -120,11 +120,11 @@ export class ControlLoop {
 		const round = this.reconciler.round(this.options.specs(), due, this.#reread);
 		this.#reread = false;
 		const now = performance.now();
-		for (const name of new Set([...due, ...this.#retries.keys()])) {
+		for (const name of new Set([...round.looked, ...this.#retries.keys()])) {
 			const before = this.#retries.get(name);
 			if (!round.failures.has(name)) {
 				this.#retries.delete(name);
-			} else if (due.has(name) || !before) {
+			} else if (round.looked.has(name) || !before) {
 				const delayMs = Math.min(before ? before.delayMs * 2 : FIRST_RETRY_MS, this.#period());
 				this.#retries.set(name, {delayMs, at: now + delayMs});
 			}

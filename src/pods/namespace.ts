@@ -6,7 +6,7 @@ import {reasonOf} from '../errors.js';
 import {addressToBytes} from '../maps/address.js';
 import {
 	KEPT_SOURCE_MARK, KEPT_SOURCE_MASK, NAMESPACE_ACCEPT, NAMESPACE_PASSTHROUGH, NAMESPACE_REFLECT4, NAMESPACE_REFLECT6, NAMESPACE_ROUTE4, NAMESPACE_ROUTE6, NAMESPACE_RULE4,
-	NAMESPACE_RULE6, POD_KEEP_SOURCE, POD_SIDECAR, type Maps,
+	NAMESPACE_RULE6, POD_KEEP_SOURCE, POD_SIDECAR, type Maps, type NetnsCookie,
 } from '../maps/schema.js';
 import type {NetNs} from '../native.js';
 import {PASSTHROUGH_ADDRESS, type PodPolicy} from '../redirect/policy.js';
@@ -148,23 +148,27 @@ export function prepareNamespace({podInfo}: Pick<Maps, 'podInfo'>, policy: PodPo
 }
 
 /**
-Takes back what `changes` (NAMESPACE_… bits) says was made: all that is possible.
+Takes back what was made: all that is possible.
 
-@throws Error that names what was not.
+@throws Error that names what was not; that much stays written down.
 */
-export function restoreNamespace(changes: number, netns: NetNs, proc: string): void {
+export function restoreNamespace({podInfo}: Pick<Maps, 'podInfo'>, cookie: NetnsCookie, netns: NetNs, proc: string): void {
+	const info = podInfo.get(cookie)!;
+	let left = 0;
 	const failures: string[] = [];
 	for (const [bit, change] of ALL) {
 		try {
-			if (changes & bit) {
+			if (info.namespaceChanges & bit) {
 				change.undo(netns, proc);
 			}
 		} catch (error) {
+			left |= bit;
 			failures.push(`${change.name} (${reasonOf(error)})`);
 		}
 	}
 
 	if (failures.length > 0) {
+		podInfo.set(cookie, {...info, namespaceChanges: left});
 		throw new Error(failures.join(', '));
 	}
 }

@@ -5,13 +5,13 @@ The kernel's maps are read at the first round and whenever the caller asks; in b
 namespace is opened only when the pod is due.
 */
 import type {PodSpec} from '../config/pods-file.js';
-import {AgentError, PodError, reasonOf} from '../errors.js';
+import {AgentError, PodError, TornChangeError, hasErrno, reasonOf} from '../errors.js';
 import type {Datapath} from '../loader/datapath.js';
 import {POD_INBOUND, POD_KEEP_SOURCE, type NetnsCookie, type PodInfo} from '../maps/schema.js';
 import {applyChange, readKernel} from '../redirect/apply.js';
 import {addressId, plan, type Change, type KernelIndex} from '../redirect/plan.js';
 import {compilePolicy, type PodPolicy} from '../redirect/policy.js';
-import {openPod, reopenNetns, scanNetns, type NetnsFile, type NetnsIdentity, type NetnsScan, type OpenedPod, type PodNetns} from './facts.js';
+import {openPod, openSame, scanNetns, type NetnsFile, type NetnsIdentity, type NetnsScan, type OpenedPod, type PodNetns} from './facts.js';
 import {KEEPS_SOURCES, prepareNamespace, restoreNamespace} from './namespace.js';
 import {readSockets, resetAccelerated, resetKeptSources, resetMissed} from './sockets.js';
 import type {NetNs} from '../native.js';
@@ -49,29 +49,46 @@ interface Known {
 	written?: PodPolicy;
 }
 
+/** What outlives a round, beside the copy of the kernel's maps. */
+class Memory {
+	readonly known = new Map<string, Known>();
+	readonly failures = new Map<string, Error>();
+	/** Where pods were when they were last looked at, by name; also of those that are not known, as another pod has the same namespace. */
+	readonly cookies = new Map<string, NetnsCookie>();
+	/** Enrolled, and not set up to the end since. */
+	readonly unfinished = new Set<NetnsCookie>();
+	/** Not captured any more, with settings in their namespace that could not be taken back yet. Of them `pod_info` has an entry, and `pods` has none. */
+	readonly leftovers = new Map<NetnsCookie, PodError>();
+}
+
 /** A pod that fails does not hold up the others, and what the kernel has for it stays as it is: an error never takes a pod out of capture. */
 export class Reconciler {
 	#kernel: KernelIndex | undefined;
-	readonly #known = new Map<string, Known>();
-	readonly #failures = new Map<string, Error>();
+	/** The copy is not what the kernel has. */
+	#isTorn = false;
+	readonly #memory = new Memory();
 
 	constructor(readonly datapath: Datapath, readonly options: RoundOptions) {}
 
 	/** @returns undefined for a pod that is not enrolled as it should be. */
 	namespaceOf(name: string): PodNetns | undefined {
-		const known = this.#failures.has(name) ? undefined : this.#known.get(name);
+		const known = this.#memory.failures.has(name) ? undefined : this.#memory.known.get(name);
 		return known && {...known.file, cookie: known.policy.cookie};
 	}
 
 	/** Where the kernel has a pod of this name captured, as of the last round. */
 	formerOf(name: string): NetnsIdentity | undefined {
-		const info = [...this.#kernel?.infos.values() ?? []].find(info => info.name === name);
+		const info = this.#captured(name);
 		return info && {device: info.netnsDevice, inode: info.netnsInode};
 	}
 
 	/** Of the kernel's entries for a pod of this name, whatever is known of it. */
 	modeInKernel(name: string): string | undefined {
-		return [...this.#kernel?.infos.values() ?? []].find(info => info.name === name)?.mode;
+		return this.#captured(name)?.mode;
+	}
+
+	#captured(name: string): PodInfo | undefined {
+		return [...this.#kernel?.infos ?? []].find(([cookie, info]) => info.name === name && this.#kernel!.pods.has(cookie))?.[1];
 	}
 
 	/**
@@ -81,23 +98,29 @@ export class Reconciler {
 	@throws the kernel's error when the maps cannot be read; the next round reads them again.
 	*/
 	round(specs: ReadonlyMap<string, PodSpec>, due: ReadonlySet<string>, reread: boolean): Round {
-		const isFresh = reread || this.#kernel === undefined;
+		const isFresh = reread || this.#isTorn || this.#kernel === undefined;
 		if (isFresh) {
 			this.#kernel = undefined;
 			this.#kernel = readKernel(this.datapath.maps);
+			this.#isTorn = false;
 		}
 
+		const {known, cookies} = this.#memory;
 		const opened = new Map<string, OpenedPod>();
-		const files = new Map([...this.#known.values()].map(({policy, file}) => [policy.cookie, file]));
+		const files = new Map([...known.values()].map(({policy, file}) => [policy.cookie, file]));
+		const left = new Set([...cookies].filter(([name]) => due.has(name) || !specs.has(name)).map(([, cookie]) => cookie));
 		try {
 			this.#look(specs, due, opened);
-			const rivals = this.#rivalsOf(due);
+			const rivals = this.#rivalsOf(due, left);
 			this.#look(specs, rivals, opened);
-			return new Turn(this.datapath, this.options, this.#kernel!, this.#known, this.#failures, specs, new Set([...due, ...rivals]), files).run(opened, isFresh);
+			const turn = new Turn(this.datapath, this.options, this.#kernel!, this.#memory, specs, new Set([...due, ...rivals]), files);
+			const round = turn.run(opened, isFresh);
+			this.#isTorn = turn.isTorn;
+			return round;
 		} catch (error) {
 			this.#kernel = undefined;
 			for (const name of opened.keys()) {
-				this.#known.delete(name);
+				known.delete(name);
 			}
 
 			throw error;
@@ -110,10 +133,18 @@ export class Reconciler {
 
 	/** Brings what is known of these pods up to date, and adds those that have a namespace to `opened`. */
 	#look(specs: ReadonlyMap<string, PodSpec>, due: ReadonlySet<string>, opened: Map<string, OpenedPod>): void {
-		for (const name of [...this.#known.keys(), ...this.#failures.keys()]) {
+		const {known, failures, cookies} = this.#memory;
+		for (const name of [...known.keys(), ...failures.keys()]) {
 			if (!specs.has(name) || due.has(name)) {
-				this.#known.delete(name);
-				this.#failures.delete(name);
+				known.delete(name);
+				failures.delete(name);
+			}
+		}
+
+		for (const name of cookies.keys()) {
+			const wish = specs.get(name)?.wish;
+			if (!wish || 'leave' in wish) {
+				cookies.delete(name);
 			}
 		}
 
@@ -125,47 +156,67 @@ export class Reconciler {
 				}
 
 				if (spec && 'capture' in spec.wish) {
-					opened.set(name, openPod(spec, spec.wish.capture, this.options.proc));
+					const pod = openPod(spec, spec.wish.capture, this.options.proc);
+					opened.set(name, pod);
+					cookies.set(name, pod.facts.cookie);
 				}
 			} catch (error) {
 				if (!spec?.isEnding) {
-					this.#failures.set(name, asPodError(name, error));
+					failures.set(name, asPodError(name, error));
+				}
+
+				if (isNowhere(error)) {
+					cookies.delete(name);
 				}
 			}
 		}
 
-		const byCookie = new Map([...this.#known].map(([name, {policy}]) => [policy.cookie, name]));
-		for (const [name, {facts}] of opened) {
-			const twin = byCookie.get(facts.cookie);
-			byCookie.set(facts.cookie, name);
-			if (twin !== undefined && twin !== name) {
-				// Which of two is right cannot be known, so neither is changed.
-				for (const [one, other] of [[name, twin], [twin, name]] as const) {
-					this.#failures.set(one, new PodError(one, `it has the same network namespace as pod ${other}: take one of them out of the pods file`));
-					this.#known.delete(one);
-				}
-			}
-		}
-
+		this.#refuseTwins(opened);
 		for (const [name, {spec, capture, facts, file}] of opened) {
 			try {
-				if (due.has(name) && !this.#failures.has(name)) {
+				if (due.has(name) && !failures.has(name)) {
 					const policy = compilePolicy({name, ...(spec.ips ? {ips: spec.ips} : {}), capture}, facts);
-					this.#known.set(name, {spec, policy, file, missingInterfaces: capture.excludeInterfaces.filter(wanted => !facts.interfaces.some(other => other.name === wanted))});
+					known.set(name, {spec, policy, file, missingInterfaces: capture.excludeInterfaces.filter(wanted => !facts.interfaces.some(other => other.name === wanted))});
 				}
 			} catch (error) {
-				this.#failures.set(name, asPodError(name, error));
+				failures.set(name, asPodError(name, error));
 			}
 		}
 	}
 
-	/** Pods that were not looked at, and have an address of one that was: perhaps their namespace has ended, and the address was given out again. */
-	#rivalsOf(due: ReadonlySet<string>): ReadonlySet<string> {
-		const claimed = new Set([...due].flatMap(name => this.#known.get(name)?.policy.addresses ?? []).map(key => addressId(key)));
+	/** Which of two pods in one namespace is right cannot be known, so neither is changed. */
+	#refuseTwins(opened: ReadonlyMap<string, OpenedPod>): void {
+		const {known, failures, cookies} = this.#memory;
+		const names = new Map([...opened.values()].map(({facts}) => [facts.cookie, [] as string[]]));
+		for (const [name, cookie] of cookies) {
+			names.get(cookie)?.push(name);
+		}
+
+		for (const twins of names.values()) {
+			for (const name of twins.length > 1 ? twins : []) {
+				known.delete(name);
+				if (!failures.has(name)) {
+					failures.set(name, new PodError(name, `it has the same network namespace as pod ${twins.find(other => other !== name)}, and only one of the two can be captured: neither is changed until the other goes`));
+				}
+			}
+		}
+	}
+
+	/**
+	Pods that were not looked at, and whose namespace one that was looked at has or had; or that have an address of one that was: perhaps their namespace has ended, and the
+	address was given out again.
+
+	@param left - namespaces that pods had before they were looked at.
+	*/
+	#rivalsOf(due: ReadonlySet<string>, left: ReadonlySet<NetnsCookie>): ReadonlySet<string> {
+		const {known, cookies} = this.#memory;
+		const claimed = new Set([...due].flatMap(name => known.get(name)?.policy.addresses ?? []).map(key => addressId(key)));
+		const taken = new Set([...left, ...[...due].map(name => cookies.get(name))]);
 		const kernel = this.#kernel!;
 		return new Set([
-			...[...this.#known].filter(([, {policy}]) => policy.addresses.some(key => claimed.has(addressId(key)))).map(([name]) => name),
-			...[...kernel.infos].filter(([cookie, {name}]) => !this.#known.has(name) && [...kernel.addressesOf(cookie).keys()].some(id => claimed.has(id))).map(([, {name}]) => name),
+			...[...cookies].filter(([, cookie]) => taken.has(cookie)).map(([name]) => name),
+			...[...known].filter(([, {policy}]) => policy.addresses.some(key => claimed.has(addressId(key)))).map(([name]) => name),
+			...[...kernel.infos].filter(([cookie, {name}]) => !known.has(name) && [...kernel.addressesOf(cookie).keys()].some(id => claimed.has(id))).map(([, {name}]) => name),
 		].filter(name => !due.has(name)));
 	}
 }
@@ -174,13 +225,14 @@ class Turn {
 	readonly #changes: string[] = [];
 	readonly #notes: string[] = [];
 	#scan: NetnsScan | undefined;
+	/** The kernel is not what its copy says. */
+	isTorn = false;
 
 	constructor(
 		readonly datapath: Datapath,
 		readonly options: RoundOptions,
 		readonly kernel: KernelIndex,
-		readonly known: ReadonlyMap<string, Known>,
-		readonly failures: Map<string, Error>,
+		readonly memory: Memory,
 		readonly specs: ReadonlyMap<string, PodSpec>,
 		readonly due: ReadonlySet<string>,
 		/** Where namespaces were when they were last looked at. */
@@ -188,7 +240,8 @@ class Turn {
 	) {}
 
 	run(opened: ReadonlyMap<string, OpenedPod>, isFresh: boolean): Round {
-		const {kernel, known, failures, due} = this;
+		const {kernel, due} = this;
+		const {known, failures} = this.memory;
 		const own = new Map([...known.values()].map(({policy}) => [policy.cookie, policy]));
 		const keep = new Set([...kernel.infos].filter(([cookie, info]) => !own.has(cookie) && this.#isKept(cookie, info, opened)).map(([cookie]) => cookie));
 		const owners = kernel.owners(keep);
@@ -202,21 +255,18 @@ class Turn {
 		}
 
 		const touched = [...divided].filter(([name, policy]) => isFresh || due.has(name) || !hasSameAddresses(known.get(name)!.written, policy));
-		const before = new Map(touched.map(([, {cookie}]) => [cookie, kernel.pods.get(cookie)]));
 		for (const change of plan(kernel, touched.map(([, policy]) => policy), new Set([...keep, ...own.keys()]))) {
-			if (change.kind === 'remove') {
-				this.#restore(change, kernel.infos.get(change.cookie));
-			}
-
-			this.#apply(change);
+			const mustStay = change.kind === 'remove' && !this.#restore(change, isFresh);
+			// What is written about it says what is left to be done, also to the next agent.
+			this.#apply(mustStay ? {...change, steps: change.steps.filter(step => step.do !== 'delete info')} : change);
 		}
 
+		this.#tellLeftovers();
 		for (const [name, policy] of touched) {
 			known.get(name)!.written = policy;
 			const pod = opened.get(name);
 			if (pod && !failures.has(name)) {
-				const was = before.get(policy.cookie);
-				this.#finish(policy, pod, {isNew: !was, losesSources: ((was?.flags ?? 0) & ~policy.pod.flags & POD_KEEP_SOURCE) !== 0});
+				this.#finish(policy, pod);
 			}
 		}
 
@@ -239,7 +289,7 @@ class Turn {
 	#isKept(cookie: NetnsCookie, {name, netnsDevice, netnsInode}: PodInfo, opened: ReadonlyMap<string, OpenedPod>): boolean {
 		const spec = this.specs.get(name);
 		// Without its own entry, as an agent left it that died in the middle, nothing is in force.
-		if (!spec || this.known.has(name) || 'leave' in spec.wish || !this.kernel.pods.has(cookie)) {
+		if (!spec || this.memory.known.has(name) || 'leave' in spec.wish || !this.kernel.pods.has(cookie)) {
 			return false;
 		}
 
@@ -292,7 +342,7 @@ class Turn {
 	*/
 	#divideAddresses(kept: ReadonlyMap<string, string>): ReadonlyMap<string, PodPolicy> {
 		const claims = new Map<string, string[]>();
-		for (const [name, {policy}] of this.known) {
+		for (const [name, {policy}] of this.memory.known) {
 			for (const key of policy.addresses) {
 				const id = addressId(key);
 				const claimants = claims.get(id);
@@ -311,7 +361,7 @@ class Turn {
 				continue;
 			}
 
-			const named = claimants.filter(name => this.known.get(name)!.spec.ips?.includes(id.split('/', 1)[0]!));
+			const named = claimants.filter(name => this.memory.known.get(name)!.spec.ips?.includes(id.split('/', 1)[0]!));
 			const winner = owner === undefined && named.length === 1 ? named[0] : undefined;
 			for (const name of claimants.filter(candidate => candidate !== winner)) {
 				lost.set(name, (lost.get(name) ?? new Set()).add(id));
@@ -321,23 +371,37 @@ class Turn {
 			this.#notes.push(`pods ${names.join(', ')} have the same address ${id}: what arrives for it is ${winner !== undefined ? `taken to be for ${winner}, which names it in ips` : owner === undefined ? 'refused; name each pod\'s own in ips' : `taken to be for ${owner}`}`);
 		}
 
-		return new Map([...this.known].map(([name, {policy}]) => {
+		return new Map([...this.memory.known].map(([name, {policy}]) => {
 			const ids = lost.get(name);
 			return [name, ids ? {...policy, addresses: policy.addresses.filter(key => !ids.has(addressId(key)))} : policy];
 		}));
 	}
 
 	#apply(change: Change): void {
+		const {kind, pod, cookie, steps} = change;
+		if (steps.length === 0) {
+			return;
+		}
+
+		const {failures, unfinished} = this.memory;
 		try {
 			applyChange(this.datapath, change);
-			this.kernel.record(change);
-			this.#reread(change.cookie);
-			this.#changes.push(describe(change));
 		} catch (error) {
-			this.failures.set(change.pod, error instanceof AgentError
-				? new PodError(change.pod, `${error.message}; nothing was changed for it`, {cause: error})
-				: new PodError(change.pod, `the kernel refused to ${change.kind} it (${reasonOf(error)}); nothing was changed for it`, {cause: error}));
+			this.isTorn ||= error instanceof TornChangeError;
+			const why = error instanceof AgentError ? error.message : `the kernel refused to ${kind} it (${reasonOf(error)})`;
+			failures.set(pod, new PodError(pod, error instanceof TornChangeError ? why : `${why}; nothing was changed for it`, {cause: error}));
+			return;
 		}
+
+		if (kind === 'enrol') {
+			unfinished.add(cookie);
+		} else if (kind === 'remove') {
+			unfinished.delete(cookie);
+		}
+
+		this.kernel.record(change);
+		this.#reread(cookie);
+		this.#changes.push(describe(change));
 	}
 
 	/** What is written about a pod is more than a step says: since when, and what was changed in its namespace. */
@@ -349,11 +413,14 @@ class Turn {
 	}
 
 	/** What the maps cannot do: the namespace's own settings, listeners that were there first, the link. */
-	#finish(policy: PodPolicy, {netns}: OpenedPod, {isNew, losesSources}: {readonly isNew: boolean; readonly losesSources: boolean}): void {
+	#finish(policy: PodPolicy, {netns}: OpenedPod): void {
 		const {name} = policy.info;
-		const {datapath, options} = this;
+		const {datapath, options, kernel} = this;
+		const {failures, unfinished} = this.memory;
+		const isNew = unfinished.has(policy.cookie);
 		try {
-			if (losesSources) {
+			const {namespaceChanges} = kernel.infos.get(policy.cookie)!;
+			if (namespaceChanges & KEEPS_SOURCES && !(policy.pod.flags & POD_KEEP_SOURCE)) {
 				resetKeptSources(readSockets(datapath, netns), netns);
 			}
 
@@ -377,22 +444,51 @@ class Turn {
 					this.#changes.push(`reset ${count} connections of ${name} that were older than its enrolment`);
 				}
 			}
+
+			unfinished.delete(policy.cookie);
 		} catch (error) {
 			this.#reread(policy.cookie);
-			this.failures.set(name, new PodError(name, `its outbound traffic is captured, but its namespace could not be set up (${reasonOf(error)}): tried again soon`, {cause: error}));
+			failures.set(name, new PodError(name, `its outbound traffic is captured, but its namespace could not be set up (${reasonOf(error)}): tried again soon`, {cause: error}));
 		}
 	}
 
-	#restore({pod: name, cookie}: Change, info: PodInfo | undefined): void {
-		if (!info || info.namespaceChanges === 0) {
-			return;
+	/** @returns whether nothing of it is left in its namespace. What is left is tried again as often as the pod is looked at, and the maps are read. */
+	#restore({pod: name, cookie}: Change, isFresh: boolean): boolean {
+		const {leftovers, failures} = this.memory;
+		const info = this.kernel.infos.get(cookie);
+		const former = leftovers.get(cookie);
+		if (!info || info.namespaceChanges === 0 || (former && !isFresh && !this.due.has(name))) {
+			return former === undefined;
 		}
 
+		if (former && failures.get(name) === former) {
+			failures.delete(name);
+		}
+
+		leftovers.delete(cookie);
 		try {
 			const file = this.files.get(cookie);
-			leaveNamespace(this.datapath, info, this.options.proc, identity => (file && reopenNetns(file, cookie)) ?? this.#find(identity, cookie));
+			leaveNamespace(this.datapath, cookie, info, this.options.proc, () => (file && openSame(file.path, file, cookie)) ?? this.#find({device: info.netnsDevice, inode: info.netnsInode}, cookie));
 		} catch (error) {
-			this.failures.set(name, new PodError(name, `it is not captured any more, but settings in its namespace could not be taken back (${reasonOf(error)})`, {cause: error}));
+			this.#reread(cookie);
+			leftovers.set(cookie, new PodError(name, `it is not captured any more, but settings in its namespace could not be taken back (${reasonOf(error)}): tried again soon`, {cause: error}));
+			return false;
+		}
+
+		return true;
+	}
+
+	#tellLeftovers(): void {
+		const {known, failures, leftovers} = this.memory;
+		for (const [cookie, error] of leftovers) {
+			if (this.kernel.pods.has(cookie) || !this.kernel.infos.has(cookie)) {
+				leftovers.delete(cookie);
+			} else if (known.has(error.pod) || (failures.get(error.pod) ?? error) !== error) {
+				// Another namespace is its pod's by now.
+				this.#notes.push(error.message);
+			} else {
+				failures.set(error.pod, error);
+			}
 		}
 	}
 }
@@ -411,7 +507,7 @@ export function leaveNamespaces(datapath: Datapath, proc: string): readonly PodE
 	const scan = scanNetns(proc);
 	return datapath.maps.podInfo.entries().flatMap(([cookie, info]) => {
 		try {
-			leaveNamespace(datapath, info, proc, identity => scan.open(identity, cookie), true);
+			leaveNamespace(datapath, cookie, info, proc, () => scan.open({device: info.netnsDevice, inode: info.netnsInode}, cookie), true);
 			return [];
 		} catch (error) {
 			return [new PodError(info.name, `not everything in its namespace could be taken back (${reasonOf(error)})`, {cause: error})];
@@ -420,8 +516,8 @@ export function leaveNamespaces(datapath: Datapath, proc: string): readonly PodE
 }
 
 /** Does nothing when the namespace is not found: it is about to end. */
-function leaveNamespace(datapath: Datapath, {netnsDevice, netnsInode, namespaceChanges}: PodInfo, proc: string, find: (identity: NetnsIdentity) => NetNs | undefined, isUnload = false): void {
-	const netns = namespaceChanges === 0 && !isUnload ? undefined : find({device: netnsDevice, inode: netnsInode});
+function leaveNamespace(datapath: Datapath, cookie: NetnsCookie, {namespaceChanges}: PodInfo, proc: string, find: () => NetNs | undefined, isUnload = false): void {
+	const netns = namespaceChanges === 0 && !isUnload ? undefined : find();
 	try {
 		if (netns) {
 			const sockets = readSockets(datapath, netns);
@@ -433,7 +529,7 @@ function leaveNamespace(datapath: Datapath, {netnsDevice, netnsInode, namespaceC
 				resetKeptSources(sockets, netns);
 			}
 
-			restoreNamespace(namespaceChanges, netns, proc);
+			restoreNamespace(datapath.maps, cookie, netns, proc);
 		}
 	} finally {
 		netns?.close();
@@ -446,6 +542,12 @@ function hasSameAddresses(one: PodPolicy | undefined, other: PodPolicy): boolean
 
 function asPodError(name: string, error: unknown): Error {
 	return error instanceof PodError ? error : new PodError(name, reasonOf(error), {cause: error});
+}
+
+/** Whether it was looked for, and is not there; any other error says nothing about where it is. */
+function isNowhere(error: unknown): boolean {
+	const {cause} = error as Error;
+	return error instanceof PodError && (cause === undefined || hasErrno(cause, 'ENOENT', 'ESRCH', 'EINVAL', 'ENOTTY'));
 }
 
 const describe = ({kind, pod, steps}: Change) => kind === 'sweep' ? `swept ${steps.length} left-over list entries` : `${kind} ${pod}`;

@@ -1,6 +1,7 @@
 /**
 Carries a plan out on the kernel's maps.
 */
+import {TornChangeError} from '../errors.js';
 import type {Datapath} from '../loader/datapath.js';
 import type {Counters, Maps, Traffic} from '../maps/schema.js';
 import {KernelIndex, type Change, type Step} from './plan.js';
@@ -23,7 +24,7 @@ export function readKernel({pods, podInfo, counters, traffic, prefixes, ports, e
 /**
 Does one change, wholly or not at all.
 
-@throws MapFullError, or the kernel's error, after the steps done so far were undone.
+@throws MapFullError, or the kernel's error, after the steps done so far were undone; TornChangeError when they could not be.
 */
 export function applyChange({maps, schema}: Pick<Datapath, 'maps' | 'schema'>, change: Change, nowMs = Date.now()): void {
 	const none = {bytes: 0n, messages: 0n};
@@ -32,11 +33,16 @@ export function applyChange({maps, schema}: Pick<Datapath, 'maps' | 'schema'>, c
 	const undo: Array<() => void> = [];
 	try {
 		for (const step of change.steps) {
-			undo.push(applyStep(maps, step, zero, nowMs));
+			applyStep(maps, step, zero, nowMs, undo);
 		}
 	} catch (error) {
-		for (const revert of undo.reverse()) {
-			revert();
+		try {
+			// Not beyond one that fails: what it leaves in force may need what those before it would take away.
+			for (const revert of undo.reverse()) {
+				revert();
+			}
+		} catch (undoing) {
+			throw new TornChangeError(undoing, {cause: error});
 		}
 
 		throw error;
@@ -48,85 +54,93 @@ interface Zero {
 	readonly traffic: Traffic;
 }
 
-/** @returns what undoes it. */
-function applyStep(maps: Maps, step: Step, zero: Zero, nowMs: number): () => void {
+/** @param undo - gets what undoes it. */
+function applyStep(maps: Maps, step: Step, zero: Zero, nowMs: number, undo: Array<() => void>): void {
 	switch (step.do) {
 		case 'put prefix': {
 			maps.prefixes.set(step.key, step.value);
-			return () => maps.prefixes.delete(step.key);
+			undo.push(() => maps.prefixes.delete(step.key));
+			break;
 		}
 
 		case 'put port': {
 			maps.ports.set(step.key, step.value);
-			return () => maps.ports.delete(step.key);
+			undo.push(() => maps.ports.delete(step.key));
+			break;
 		}
 
 		case 'put address': {
-			return put(maps.addresses, step.key, step.cookie);
+			undo.push(put(maps.addresses, step.key, step.cookie));
+			break;
 		}
 
 		case 'put exemption': {
 			maps.exemptions.set(step.key, {present: 1});
-			return () => maps.exemptions.delete(step.key);
+			undo.push(() => maps.exemptions.delete(step.key));
+			break;
 		}
 
 		case 'put counters': {
 			maps.traffic.set(step.cookie, zero.traffic);
-			try {
-				maps.counters.set(step.cookie, zero.counters);
-			} catch (error) {
-				maps.traffic.delete(step.cookie);
-				throw error;
-			}
-
-			return () => {
-				maps.traffic.delete(step.cookie);
-				maps.counters.delete(step.cookie);
-			};
+			undo.push(() => maps.traffic.delete(step.cookie));
+			maps.counters.set(step.cookie, zero.counters);
+			undo.push(() => maps.counters.delete(step.cookie));
+			break;
 		}
 
 		case 'put info': {
 			// A pod that was not captured when it was written about is enrolled now.
 			const before = maps.podInfo.get(step.cookie);
 			const enrolledAtMs = (maps.pods.get(step.cookie) && before?.enrolledAtMs) ?? BigInt(nowMs);
-			return put(maps.podInfo, step.cookie, {...step.info, enrolledAtMs, namespaceChanges: before?.namespaceChanges ?? 0});
+			undo.push(put(maps.podInfo, step.cookie, {...step.info, enrolledAtMs, namespaceChanges: before?.namespaceChanges ?? 0}));
+			break;
 		}
 
 		case 'put pod': {
-			return put(maps.pods, step.cookie, step.pod);
+			undo.push(put(maps.pods, step.cookie, step.pod));
+			break;
 		}
 
 		case 'delete pod': {
-			return remove(maps.pods, step.cookie);
+			undo.push(remove(maps.pods, step.cookie));
+			break;
 		}
 
 		case 'delete info': {
-			return remove(maps.podInfo, step.cookie);
+			undo.push(remove(maps.podInfo, step.cookie));
+			break;
 		}
 
 		case 'delete counters': {
 			maps.traffic.delete(step.cookie);
-			maps.counters.delete(step.cookie);
-			return () => {
+			undo.push(() => {
 				maps.traffic.set(step.cookie, zero.traffic);
+			});
+			maps.counters.delete(step.cookie);
+			undo.push(() => {
 				maps.counters.set(step.cookie, zero.counters);
-			};
+			});
+			break;
 		}
 
 		case 'delete prefix': {
-			return remove(maps.prefixes, step.key);
+			undo.push(remove(maps.prefixes, step.key));
+			break;
 		}
 
 		case 'delete port': {
-			return remove(maps.ports, step.key);
+			undo.push(remove(maps.ports, step.key));
+			break;
 		}
 
 		case 'delete address': {
-			return remove(maps.addresses, step.key);
+			undo.push(remove(maps.addresses, step.key));
+			break;
 		}
 
 		case 'delete exemption': {
-			return remove(maps.exemptions, step.key);
+			undo.push(remove(maps.exemptions, step.key));
+			break;
 		}
 	}
 }

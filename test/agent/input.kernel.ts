@@ -323,6 +323,7 @@ test('misuse of the command line ends with 2, and help works for every command',
 		t.not(stderr, '');
 	}
 
+	t.regex(world.sidestep('run', '--node', '', '--bpffs', world.bpffs, '--cgroup', world.cgroup).stderr, /where are the pods to come from\?/);
 	for (const command of [[], ['run'], ['check'], ['status'], ['pods'], ['map'], ['map', 'list'], ['map', 'dump'], ['unload']]) {
 		const {code, stdout} = run(process.execPath, [CLI, ...command, '--help']);
 		t.is(code, 0);

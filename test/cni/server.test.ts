@@ -1,5 +1,6 @@
+import {createHook} from 'node:async_hooks';
 import {once} from 'node:events';
-import {existsSync, lstatSync, mkdirSync, unlinkSync, writeFileSync} from 'node:fs';
+import {existsSync, lstatSync, mkdirSync, readdirSync, renameSync, rmSync, unlinkSync, writeFileSync} from 'node:fs';
 import {request as httpRequest} from 'node:http';
 import {connect, createServer} from 'node:net';
 import path from 'node:path';
@@ -8,7 +9,7 @@ import {setTimeout as sleep} from 'node:timers/promises';
 import test, {type ExecutionContext} from 'ava';
 import {CniRetry, CniServer, parseCniCall, type CniCall, type CniHandler} from '../../src/cni/server.js';
 import {HostError, InputError} from '../../src/errors.js';
-import {eventually} from '../helpers/process.js';
+import {Running, eventually} from '../helpers/process.js';
 import {CALL, PREVIOUS, directory, netconf, plugin} from './plugin.js';
 
 const UNDERSTOOD: CniCall = {netns: CALL.Netns, podName: CALL.PodName, podNamespace: CALL.PodNamespace, podUid: CALL.PodUid, containerId: CALL.ContainerId, ips: CALL.IPs};
@@ -167,10 +168,27 @@ test('root only, also the directory', async t => {
 	t.is(lstatSync(path.dirname(socketPath)).mode & 0o777, 0o700);
 });
 
+/** As a process leaves it that dies while it listens. */
+function leaveSocket(socketPath: string): void {
+	spawnSync(process.execPath, ['-e', `require('net').createServer().listen(${JSON.stringify(socketPath)}, () => process.kill(process.pid, 'SIGKILL'))`]);
+}
+
+async function isDead(socketPath: string): Promise<boolean> {
+	const client = connect(socketPath);
+	try {
+		await once(client, 'connect');
+		return false;
+	} catch {
+		return true;
+	} finally {
+		client.destroy();
+	}
+}
+
 test('a dead agent\'s socket is replaced, a living one\'s is not, and nothing else is', async t => {
 	const base = directory(t);
 	const socketPath = path.join(base, 'cni.sock');
-	spawnSync(process.execPath, ['-e', `require('net').createServer().listen(${JSON.stringify(socketPath)}, () => process.kill(process.pid, 'SIGKILL'))`]);
+	leaveSocket(socketPath);
 	t.true(lstatSync(socketPath).isSocket());
 	const server = new CniServer({socketPath, handler: YES, log: () => undefined});
 	await server.listen();
@@ -187,7 +205,7 @@ test('a dead agent\'s socket is replaced, a living one\'s is not, and nothing el
 	mkdirSync(path.join(base, 'directory'));
 	await t.throwsAsync(new CniServer({socketPath: path.join(base, 'directory'), handler: YES, log: () => undefined}).listen(), {instanceOf: HostError});
 	await t.throwsAsync(new CniServer({socketPath: path.join(file, 'cni.sock'), handler: YES, log: () => undefined}).listen(), {instanceOf: HostError, message: /cannot be listened on/});
-	for (const path of ['relative', `/${'x'.repeat(107)}`]) {
+	for (const path of ['relative', `/${'x'.repeat(103)}`]) {
 		await t.throwsAsync(new CniServer({socketPath: path, handler: YES, log: () => undefined}).listen(), {instanceOf: InputError});
 	}
 });
@@ -210,6 +228,122 @@ test('a socket that somebody removes is made again; what somebody puts there ins
 	stranger.close();
 	await eventually('ours again', () => server.problem === undefined);
 	t.is((await plugin(netconf(socketPath))).code, 0);
+});
+
+test('another process\' socket in place of ours is there after close, too', async t => {
+	const {server, socketPath} = await serve(t, {}, 50);
+	unlinkSync(socketPath);
+	const stranger = createServer();
+	stranger.listen(socketPath);
+	await once(stranger, 'listening');
+	t.teardown(() => {
+		stranger.close();
+	});
+	await eventually('a problem', () => server.problem !== undefined);
+	await server.close();
+	t.false(await isDead(socketPath));
+});
+
+test('a path that cannot be looked at is a problem, until it can', async t => {
+	const {server, socketPath, lines} = await serve(t, {}, 50);
+	const run = path.dirname(socketPath);
+	renameSync(run, `${run}-aside`);
+	writeFileSync(run, '');
+	await eventually('a problem', () => server.problem !== undefined);
+	t.regex(server.problem!, /ENOTDIR/);
+	unlinkSync(run);
+	renameSync(`${run}-aside`, run);
+	await eventually('no problem', () => server.problem === undefined);
+	t.is((await plugin(netconf(socketPath))).code, 0);
+	t.regex(lines.join('\n'), /ENOTDIR.*\n.*can be reached again$/);
+	rmSync(run, {recursive: true});
+	await eventually('made again, with its directory', () => existsSync(socketPath));
+	t.is((await plugin(netconf(socketPath))).code, 0);
+});
+
+test('calls that are held when the file is made again are answered, and close sends all to the next agent', async t => {
+	const held: Array<() => void> = [];
+	const {server, socketPath} = await serve(t, {
+		async add(_call, signal) {
+			await Promise.race([once(signal, 'abort'), new Promise<void>(resolve => {
+				held.push(resolve);
+			})]);
+		},
+	}, 50);
+	const running = [];
+	for (const count of [1, 2, 3]) {
+		running.push(plugin(netconf(socketPath, '"timeoutSeconds":90')));
+		await eventually('held', () => server.inFlight === count);
+		unlinkSync(socketPath);
+		await eventually('made again', () => existsSync(socketPath));
+	}
+
+	held[0]!();
+	t.is((await running[0]!).code, 0);
+	t.is(server.inFlight, 2);
+	await server.close();
+	const next = new CniServer({socketPath, handler: YES, log: () => undefined});
+	await next.listen();
+	t.teardown(async () => next.close());
+	t.deepEqual((await Promise.all(running)).map(({code}) => code), [0, 0, 0]);
+	t.is(next.counters.add.ok, 2);
+});
+
+test.serial('close while the file is being made again: it is not made any more', async t => {
+	const {server, socketPath, lines} = await serve(t, {}, 1);
+	const dead = `${socketPath}-dead`;
+	leaveSocket(dead);
+	await new Promise<void>(resolve => {
+		const hook = createHook({
+			init(_id, type) {
+				// The server asks whether anybody listens there.
+				if (type === 'PIPECONNECTWRAP') {
+					hook.disable();
+					queueMicrotask(() => {
+						resolve(server.close());
+					});
+				}
+			},
+		}).enable();
+		renameSync(dead, socketPath);
+	});
+	t.deepEqual(lines, []);
+	await sleep(300);
+	t.deepEqual([readdirSync(path.dirname(socketPath)), lines, server.problem], [['cni.sock'], [], undefined]);
+	t.true(await isDead(socketPath));
+});
+
+test('a process whose socket was replaced by a dead one\'s ends when it has closed its server', async t => {
+	const socketPath = path.join(directory(t), 'cni.sock');
+	const child = Running.start(process.execPath, ['--input-type=module', '-e', `
+		import {CniServer} from ${JSON.stringify(new URL('../../src/cni/server.js', import.meta.url).href)};
+		const never = async () => new Promise(() => {});
+		const server = new CniServer({socketPath: ${JSON.stringify(socketPath)}, handler: {add: never, check: never, del: never}, log: console.log, checkMs: 50});
+		await server.listen();
+		console.log('listens');
+		process.once('SIGTERM', async () => {
+			await server.close();
+			console.log('closed');
+		});`]);
+	t.teardown(async () => {
+		await child.stop('SIGKILL');
+	});
+	await child.until('it listens', () => child.stdout.includes('listens'));
+	// In the middle of a request.
+	const client = connect(socketPath);
+	t.teardown(() => {
+		client.destroy();
+	});
+	client.on('error', () => undefined);
+	client.write('POST /cmdadd HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n');
+	await once(client, 'ready');
+	unlinkSync(socketPath);
+	leaveSocket(socketPath);
+	await child.until('it has made it again', () => child.stdout.includes('made again'));
+	child.child.kill('SIGTERM');
+	await child.until('it has closed', () => child.stdout.includes('closed'));
+	await eventually('it has ended', () => child.hasEnded, 10_000);
+	t.false(existsSync(socketPath));
 });
 
 test('what is no call is refused, and the handler does not see it', async t => {

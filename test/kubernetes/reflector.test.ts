@@ -109,6 +109,27 @@ test('a watch that ends in the regular way goes on at once, without a list', asy
 	t.true(client.pace.isHealthy);
 });
 
+test('caught up is who has listed, or heard a bookmark; not who hears of something that may be old', async t => {
+	const bench = await makeBench(t, {server: {bookmarkMs: 1000}});
+	const {server} = bench;
+	const {reflector} = followPods(bench);
+	t.is(reflector.caughtUpMs, undefined);
+	await eventually('it watches', () => server.openWatches === 1);
+	const listed = reflector.caughtUpMs!;
+	t.true(listed > 0);
+	for (let index = 0; reflector.counters.events < 3; index++) {
+		server.put('pods', makePod('shop/web', {ips: [`10.0.0.${index}`]}));
+		await eventually('the event is there', () => reflector.counters.events > index);
+		if (reflector.counters.bookmarks === 0) {
+			t.is(reflector.caughtUpMs, listed);
+			t.true(reflector.lastContactMs! > listed);
+		}
+	}
+
+	await eventually('a bookmark', () => reflector.counters.bookmarks > 0);
+	t.true(reflector.caughtUpMs! > listed);
+});
+
 test('watches are asked to last different times, with bookmarks', async t => {
 	const bench = await makeBench(t, {server: {secondMs: 1}});
 	const {server} = bench;

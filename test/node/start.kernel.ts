@@ -101,7 +101,7 @@ test('namespaces are not heard of any more: a pod of one that is captured meanwh
 	await cluster.agent(['--cni']);
 	cluster.api.behave({event: 'half', applies: ({path}) => path === '/api/v1/namespaces'});
 	cluster.namespace('shop', AMBIENT);
-	const {code, error} = await cluster.cni('ADD', sandbox(cluster, 'shop/web'), {timeoutSeconds: 3});
+	const {code, error} = await cluster.cni('ADD', sandbox(cluster, 'shop/web'), {timeoutSeconds: 10});
 	t.not(code, 0);
 	t.regex(`${error?.msg} ${error?.details}`, /has not heard yet that it is to be captured/);
 });
@@ -112,7 +112,7 @@ test('an agent with another node\'s name: pods do not start, and the reason name
 	await cluster.agent(['--cni']);
 	const web = sandbox(cluster, 'shop/web');
 	cluster.put(web, {ips: [], phase: 'Pending', nodeName: 'node-2'});
-	const {code, error} = await cluster.cni('ADD', web, {timeoutSeconds: 3});
+	const {code, error} = await cluster.cni('ADD', web, {timeoutSeconds: 10});
 	t.not(code, 0);
 	t.regex(`${error?.msg} ${error?.details}`, /node node-2 .* node-1/);
 });
@@ -184,4 +184,40 @@ test('a pod that takes over the name of one that was deleted by force, and that 
 	const {code, stdout} = await cluster.cni('ADD', second);
 	t.is(code, 0, stdout);
 	t.deepEqual(cluster.world.json<ReadonlyArray<{ips: string}>>('pods').map(({ips}) => ips), [`${second.pod.ipv4},${second.pod.ipv6}`]);
+});
+
+test('a static pod, whose uid the kubelet takes from its file and the API from its mirror: it starts captured, is found again by its processes, and goes', async t => {
+	const cluster = await Cluster.create(t);
+	cluster.namespace('shop', AMBIENT);
+	const agent = await cluster.agent(['--cni']);
+	cluster.ztunnel(['--brief']);
+	const hash = '0123456789abcdef0123456789abcdef';
+	const annotations = {'kubernetes.io/config.hash': hash, 'kubernetes.io/config.mirror': hash};
+	const mirror = sandbox(cluster, 'shop/static-node-1', {annotations});
+	const kubelets = {...mirror, uid: hash};
+	const {code, stdout} = await cluster.cni('ADD', kubelets);
+	t.is(code, 0, stdout);
+	t.deepEqual(cluster.enrolled(), [mirror.key]);
+	await cluster.container(kubelets);
+	cluster.put(mirror, {annotations});
+	await agent.running.stop('SIGKILL');
+	t.is(cluster.world.sidestep('unload').code, 0);
+	const second = await cluster.agent(['--cni']);
+	await second.says(/enrol shop\/static-node-1/);
+	const before = second.running.stderr.length;
+	t.is((await cluster.cni('DEL', kubelets)).code, 0);
+	cluster.api.delete('pods', mirror.key);
+	await second.says(/remove shop\/static-node-1/, before);
+	t.deepEqual(cluster.enrolled(), []);
+});
+
+test('a sidecar\'s pod of whose addresses nobody knows yet: it does not start uncaptured', async t => {
+	const cluster = await Cluster.create(t);
+	cluster.namespace('plain');
+	await cluster.agent(['--cni']);
+	const sidecar = sandbox(cluster, 'plain/sidecar', {annotations: {'sidecar.istio.io/status': '{}'}});
+	const {code, stderr} = await cluster.cni('ADD', {...sidecar, pod: Object.assign(Object.create(sidecar.pod) as typeof sidecar.pod, {ipv4: '', ipv6: ''})}, {timeoutSeconds: 3});
+	t.not(code, 0);
+	t.regex(stderr, /not captured yet: its addresses are not known/);
+	t.deepEqual(cluster.enrolled(), []);
 });

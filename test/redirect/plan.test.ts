@@ -39,7 +39,7 @@ function carryOut(state: KernelState, changes: readonly Change[]): KernelState {
 			case 'put exemption': { exemptions.push(step.key); break; }
 			case 'put counters': { counters.add(step.cookie); break; }
 			case 'put port': { ports.push([step.key, step.value]); break; }
-			case 'put address': { addresses.push([step.key, step.cookie]); break; }
+			case 'put address': { addresses = [...addresses.filter(([key]) => !same(key, step.key)), [step.key, step.cookie]]; break; }
 			case 'delete port': { ports = ports.filter(([key]) => !same(key, step.key)); break; }
 			case 'delete address': { addresses = addresses.filter(([key]) => !same(key, step.key)); break; }
 			case 'put info': { infos.set(step.cookie, {...step.info, enrolledAtMs: 5n, namespaceChanges: 0}); break; }
@@ -163,4 +163,24 @@ test('the time of enrolment stays through updates, and starts anew with a new en
 	const info = [...state.infos.values()][0] as PodInfo;
 	const renamed = carryOut(state, plan(new KernelIndex(state), [policy({name: 'x/y'})]));
 	t.is([...renamed.infos.values()][0]!.enrolledAtMs, info.enrolledAtMs);
+});
+
+test('an address that moves from one pod to another in one plan is the new one\'s after it, in either order', t => {
+	const old = policy();
+	const has = (wanted: PodPolicy, ...addresses: PodPolicy['addresses']) => ({...wanted, addresses});
+	const [moving] = old.addresses as [PodPolicy['addresses'][0]];
+	const other = policy({name: 'c/d'}, OTHER);
+	const state = carryOut(EMPTY, plan(new KernelIndex(EMPTY), [has(old, moving), other]));
+	const wanted = [has(old), has(other, ...other.addresses, moving)];
+	for (const order of [wanted, [...wanted].reverse()]) {
+		const index = new KernelIndex(state);
+		const changes = plan(index, order);
+		const after = carryOut(state, changes);
+		t.deepEqual(after.addresses.filter(([key]) => key === moving), [[moving, other.cookie]]);
+		for (const change of changes) {
+			index.record(change);
+		}
+
+		t.deepEqual(plan(index, order), []);
+	}
 });

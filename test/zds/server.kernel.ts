@@ -1,5 +1,5 @@
 /** The protocol, as a peer of bytes sees it. */
-import {lstatSync, readdirSync, writeFileSync} from 'node:fs';
+import {existsSync, lstatSync, readdirSync, renameSync, rmSync, unlinkSync, writeFileSync} from 'node:fs';
 import path from 'node:path';
 import {setTimeout as sleep} from 'node:timers/promises';
 import test, {type ExecutionContext} from 'ava';
@@ -9,6 +9,8 @@ import {ZdsServer, type ZdsServerOptions} from '../../src/zds/server.js';
 import {eventually} from '../helpers/process.js';
 import {TestNetns, directoryOf, serve as serveAlone, workload, type Served} from './helpers.js';
 import {ACK, HELLO, Peer, SNAPSHOT_SENT, add, del, keep, nack} from './peer.js';
+
+type Writable<Type> = {-readonly [Key in keyof Type]: Type[Key]};
 
 interface Fixture extends Served {
 	connect(): Peer;
@@ -148,6 +150,105 @@ test.serial('a namespace that was not known is told of when it is', async t => {
 	isKnown = true;
 	server.put(flickers);
 	t.deepEqual(await second.answer(add('c')), [add('c')]);
+});
+
+test.serial('a namespace with the inode of the one before is another one: what was said of that does not hold', async t => {
+	const {server, connect, changes} = serve(t);
+	const peer = connect();
+	await peer.snapshot();
+	// Which inode the kernel gives out next is chance: one of many is enough.
+	for (let batch = 0; batch < 50; batch++) {
+		const former = new Map<bigint, string>();
+		const opened = Array.from({length: 30}, () => new TestNetns(t));
+		for (const [index, {open, netns}] of opened.entries()) {
+			const uid = `${batch}-${index}`;
+			former.set(netns.inode, uid);
+			server.put(workload(uid, open));
+			await peer.answer(add(uid));
+			t.is((await server.settled(uid, 30_000)).kind, 'acknowledged');
+		}
+
+		for (const netns of opened) {
+			netns.close();
+		}
+
+		const others: TestNetns[] = [];
+		while (others.length < 50) {
+			const netns = new TestNetns(t);
+			const uid = former.get(netns.netns.inode);
+			if (uid !== undefined) {
+				server.put(workload(uid, netns.open));
+				t.deepEqual(server.state(uid), {kind: 'waiting', why: 'ztunnel has not answered yet'});
+				t.deepEqual(await peer.answer(add(uid)), [add(uid)]);
+				t.deepEqual(await server.settled(uid, 30_000), {kind: 'acknowledged'});
+				t.deepEqual(changes.slice(-2), [`${uid} waiting`, `${uid} acknowledged`]);
+				return;
+			}
+
+			others.push(netns);
+			// Dead ones are taken apart in the background.
+			await sleep(10);
+		}
+
+		for (const netns of others) {
+			netns.close();
+		}
+	}
+
+	t.fail('no inode was given out again');
+});
+
+test.serial('a new namespace that cannot be opened when it is to be told of: the word about the one before does not hold for it', async t => {
+	const {server, connect} = serve(t);
+	const [first, second] = [new TestNetns(t), new TestNetns(t)] as const;
+	const peer = connect();
+	await peer.snapshot();
+	server.put(workload('a', first.open));
+	await peer.answer(add('a'));
+	t.is((await server.settled('a', 30_000)).kind, 'acknowledged');
+	const known = workload('a', second.open);
+	server.put({...known, openNetns: () => undefined});
+	t.deepEqual(await server.settled('a', 30_000), {kind: 'waiting', why: 'its network namespace is not known'});
+	server.put(known);
+	t.deepEqual(await peer.answer(add('a')), [add('a')]);
+	t.deepEqual(await server.settled('a', 30_000), {kind: 'acknowledged'});
+});
+
+test.serial('while it is held: pods as they are put, no end of the snapshot, so no Del either; then all that ends a snapshot', async t => {
+	const {server, connect} = serve(t, {isHeld: true});
+	const netns = new TestNetns(t);
+	const early = connect();
+	early.send(HELLO);
+	t.is(await early.next(200), undefined, 'nothing is known yet');
+	server.put(workload('a', netns.open));
+	server.put(workload('b', netns.open));
+	server.put(workload('kept', () => undefined));
+	t.deepEqual(await early.answer(keep('kept')), [add('a'), add('b'), keep('kept')]);
+	t.is((await server.settled('a', 30_000)).kind, 'acknowledged', 'pods that are looked at start before');
+	server.remove('a');
+	t.is(await early.next(200), undefined);
+	t.deepEqual(server.connections.map(({isSnapshotDone}) => isSnapshotDone), [false]);
+	const silent = connect();
+
+	server.release();
+	t.deepEqual(await early.answer(del('a')), [SNAPSHOT_SENT, del('a')]);
+	t.is(await early.next(100), undefined);
+	t.is(await silent.next(100), undefined, 'it has not said hello');
+	t.deepEqual(await silent.snapshot(), [add('b'), keep('kept'), SNAPSHOT_SENT]);
+	t.deepEqual(await connect().snapshot(), [add('b'), keep('kept'), SNAPSHOT_SENT]);
+	server.put(workload('c', netns.open));
+	t.is(server.counters.sent.snapshot, 3);
+});
+
+test.serial('who waits in a held snapshot is not dropped for it', async t => {
+	const {server, connect} = serve(t, {isHeld: true, ackTimeoutMs: 500});
+	const peer = connect();
+	peer.send(HELLO);
+	await eventually('hello', () => server.connections.some(({isCurrent}) => isCurrent));
+	await sleep(1500);
+	t.is(server.connections.length, 1);
+	server.release();
+	t.deepEqual(await peer.answer(SNAPSHOT_SENT), [SNAPSHOT_SENT]);
 });
 
 test.serial('a nack is the workload\'s own: the others go on, and putting it again asks again', async t => {
@@ -444,6 +545,119 @@ test.serial('the socket is root\'s own; a stale one is replaced; a live one, or 
 	t.throws(() => {
 		new ZdsServer({socketPath: `${directoryOf(t)}/${'x'.repeat(108)}`, log() {}}).listen();
 	}, {instanceOf: HostError, message: /ENAMETOOLONG/});
+});
+
+test.serial('a socket that somebody removes is made again, also with its directory; who is connected stays; what somebody puts there instead is left alone, and said', async t => {
+	const {server, socketPath, connect, lines} = serve(t, {checkMs: 50});
+	const netns = new TestNetns(t);
+	const older = connect();
+	await older.snapshot();
+	for (const remove of [() => {
+		unlinkSync(socketPath);
+	}, () => {
+		rmSync(path.dirname(socketPath), {recursive: true});
+	}]) {
+		const [before, handles] = [lines.length, native.openHandles()];
+		remove();
+		await eventually('made again', () => lines.length > before);
+		t.is(native.openHandles(), handles);
+		t.is(lines.at(-1), `ztunnel's socket ${socketPath} was gone: made again`);
+		t.is(lstatSync(socketPath).mode & 0o777, 0o600);
+		const newer = connect();
+		t.deepEqual(await newer.snapshot(), [SNAPSHOT_SENT]);
+		newer.close();
+		await eventually('it is gone', () => server.connections.length === 1);
+		t.is(server.problem, undefined);
+	}
+
+	server.put(workload('a', netns.open));
+	t.deepEqual(await older.answer(add('a')), [add('a')]);
+
+	unlinkSync(socketPath);
+	const stranger = new ZdsServer({socketPath, log() {}});
+	t.teardown(() => {
+		stranger.close();
+	});
+	stranger.listen();
+	await eventually('a problem', () => server.problem !== undefined);
+	t.is(server.problem, `ztunnel's socket cannot be served at ${socketPath} (bind ${socketPath}: EADDRINUSE: address already in use): stop the other agent that listens there, or remove what is there if it is no socket`);
+	const before = lines.filter(line => line === server.problem).length;
+	await sleep(300);
+	t.deepEqual([before, lines.filter(line => line === server.problem).length], [1, 1], 'said once');
+	// It leaves a socket behind that nobody listens at.
+	stranger.close();
+	await eventually('ours again', () => server.problem === undefined);
+	t.deepEqual(await connect().snapshot(), [add('a'), SNAPSHOT_SENT]);
+
+	server.close();
+	unlinkSync(socketPath);
+	await sleep(300);
+	t.false(existsSync(socketPath), 'not after close');
+});
+
+test.serial('a directory in which nothing can be made is a problem, until it can', async t => {
+	const {server, socketPath, connect} = serve(t, {checkMs: 50});
+	const directory = path.dirname(socketPath);
+	renameSync(directory, `${directory}-aside`);
+	writeFileSync(directory, '');
+	await eventually('a problem', () => server.problem !== undefined);
+	t.regex(server.problem!, /ENOTDIR/);
+	unlinkSync(directory);
+	await eventually('no problem', () => server.problem === undefined);
+	t.deepEqual(await connect().snapshot(), [SNAPSHOT_SENT]);
+});
+
+test.serial('a connection that cannot be used is dropped, counted and said; the next one is served', async t => {
+	const {listenSeqpacket} = native;
+	let failures = 1;
+	let closed = 0;
+	(native as Writable<typeof native>).listenSeqpacket = (socketPath, mode, events) => listenSeqpacket(socketPath, mode, {
+		...events,
+		onConnection(connection) {
+			events.onConnection(failures-- > 0 ? {
+				peer: connection.peer,
+				read() {
+					throw new Error('uv_poll_init: ENOMEM: not enough memory');
+				},
+				send() {},
+				close() {
+					closed++;
+					connection.close();
+				},
+			} : connection);
+		},
+	});
+	t.teardown(() => {
+		(native as Writable<typeof native>).listenSeqpacket = listenSeqpacket;
+	});
+	const {server, connect, lines, socketPath} = serve(t, {ackTimeoutMs: 500});
+	const handles = native.openHandles();
+	t.is(await connect().next(), '');
+	t.deepEqual(lines, [`a connection to ${socketPath} was dropped (uv_poll_init: ENOMEM: not enough memory): ztunnel connects again by itself`]);
+	t.deepEqual([closed, native.openHandles()], [1, handles]);
+	t.like(server.counters, {connections: 1, dropped: {broken: 1}});
+	t.deepEqual(server.connections, []);
+	t.deepEqual(await connect().snapshot(), [SNAPSHOT_SENT]);
+	await sleep(1000);
+	t.is(server.counters.dropped.silent, 0, 'nothing of it is left');
+});
+
+test.serial('peers that are gone at once harm nobody', async t => {
+	const {server, connect} = serve(t);
+	for (const total of [50, 100, 150, 200]) {
+		for (let i = 0; i < 50; i++) {
+			const peer = connect();
+			if (i % 2 === 0) {
+				peer.send(HELLO);
+			}
+
+			peer.close();
+		}
+
+		await eventually('all were taken and are gone', () => server.counters.connections === total && server.connections.length === 0);
+	}
+
+	t.deepEqual(await connect().snapshot(), [SNAPSHOT_SENT]);
 });
 
 test.serial('nothing is left open: not by Add, not by nacks, not by dropped peers', async t => {
