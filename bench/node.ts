@@ -30,6 +30,7 @@ try {
 	await eventually('all are enrolled', () => datapath.rawMaps.get('pods')!.count() === pods.length, 120_000);
 	const coldMs = performance.now() - started;
 	await agent.ready();
+	await eventually('all are reported', () => pods.every(({key}) => cluster.redirection(key) !== undefined), 120_000);
 
 	const cookies = pods.map(({pod}) => {
 		const netns = native.openNetns(pod.netns);

@@ -206,10 +206,19 @@ class Report {
 	#failures: ReadonlyMap<string, string> = new Map();
 	#error: string | undefined;
 
+	/** Of hundreds of pods, one or two are others than in the round before. */
+	readonly #lines = new WeakMap<PodSpec, readonly string[]>();
+
 	constructor(readonly log: (line: string) => void) {}
 
 	round({changes, failures, notes}: Round, specs: Iterable<PodSpec>): void {
-		const lines = new Set([...notes, ...[...specs].flatMap(({name, wish}) => 'leave' in wish ? [`pod ${name} is not captured: ${wish.leave}`] : 'warnings' in wish ? wish.warnings.map(warning => `pod ${name}: ${warning}`) : [])]);
+		const lines = new Set(notes);
+		for (const spec of specs) {
+			for (const line of this.#linesOf(spec)) {
+				lines.add(line);
+			}
+		}
+
 		const messages = new Map([...failures].map(([pod, {message}]) => [pod, message]));
 		for (const line of [
 			...[...lines].filter(line => !this.#notes.has(line)),
@@ -222,6 +231,13 @@ class Report {
 		this.#notes = lines;
 		this.#failures = messages;
 		this.#error = undefined;
+	}
+
+	#linesOf(spec: PodSpec): readonly string[] {
+		const {name, wish} = spec;
+		const lines = this.#lines.get(spec) ?? ('leave' in wish ? [`pod ${name} is not captured: ${wish.leave}`] : 'warnings' in wish ? wish.warnings.map(warning => `pod ${name}: ${warning}`) : []);
+		this.#lines.set(spec, lines);
+		return lines;
 	}
 
 	error(line: string): void {

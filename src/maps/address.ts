@@ -8,12 +8,15 @@ const MAPPED = [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0xff, 0xff];
 
 /** @throws TypeError when it is not an address, or has a zone (`%eth0`). */
 export function addressToBytes(text: string): Uint8Array {
+	const bytes = new Uint8Array(16);
 	if (text === NO_ADDRESS) {
-		return new Uint8Array(16);
+		return bytes;
 	}
 
 	if (isIPv4(text)) {
-		return Uint8Array.from([...MAPPED, ...text.split('.').map(Number)]);
+		bytes.set(MAPPED);
+		bytes.set(text.split('.').map(Number), MAPPED.length);
+		return bytes;
 	}
 
 	if (!isIPv6(text) || text.includes('%')) {
@@ -25,12 +28,12 @@ export function addressToBytes(text: string): Uint8Array {
 	const hex = dotted
 		? text.slice(0, dotted.index) + [[1, 2], [3, 4]].map(pair => pair.map(index => Number(dotted[index]).toString(16).padStart(2, '0')).join('')).join(':')
 		: text;
-	const [head = '', tail] = hex.split('::');
-	const groups = (part: string) => part === '' ? [] : part.split(':').map(group => Number.parseInt(group, 16));
-	const left = groups(head);
-	const right = tail === undefined ? [] : groups(tail);
-	const all = [...left, ...Array.from({length: 8 - left.length - right.length}, () => 0), ...right];
-	return Uint8Array.from(all.flatMap(group => [group >> 8, group & 0xff]));
+	const [head = '', tail = ''] = hex.split('::');
+	const parse = (part: string) => part === '' ? [] : part.split(':').flatMap(group => [Number.parseInt(group, 16) >> 8, Number.parseInt(group, 16) & 0xff]);
+	const right = parse(tail);
+	bytes.set(parse(head));
+	bytes.set(right, bytes.length - right.length);
+	return bytes;
 }
 
 /** The one canonical form (RFC 5952); IPv4-mapped addresses as IPv4; all zero is {@link NO_ADDRESS}. */

@@ -80,8 +80,10 @@ function fieldOf(btf: Btf, id: number): Field {
 function integerField(type: BtfType & {kind: 'int'}, littleEndian: boolean): Field {
 	const {size, signed} = type;
 	const bits = size * 8;
-	const low = signed ? -(2n ** BigInt(bits - 1)) : 0n;
-	const high = 2n ** BigInt(signed ? bits - 1 : bits) - 1n;
+	// Of the value's own type: to make a bigint of every number costs more than all the rest.
+	const inType = size === 8 ? BigInt : Number;
+	const low = inType(signed ? -(2n ** BigInt(bits - 1)) : 0n);
+	const high = inType(2n ** BigInt(signed ? bits - 1 : bits) - 1n);
 	return {
 		size,
 		read(view, at) {
@@ -109,29 +111,28 @@ function integerField(type: BtfType & {kind: 'int'}, littleEndian: boolean): Fie
 				throw new TypeError(`${path || 'value'}: expected ${size === 8 ? 'a bigint' : 'an integer'}, got ${String(value)}`);
 			}
 
-			const number = BigInt(value as number | bigint);
-			if (number < low || number > high) {
-				throw new RangeError(`${path || 'value'}: ${number} does not fit ${bits} bits`);
+			if ((value as number | bigint) < low || (value as number | bigint) > high) {
+				throw new RangeError(`${path || 'value'}: ${String(value)} does not fit ${bits} bits`);
 			}
 
 			switch (size) {
 				case 1: {
-					view.setUint8(at, Number(number) & 0xff);
+					view.setUint8(at, value as number);
 					break;
 				}
 
 				case 2: {
-					view.setUint16(at, Number(number) & 0xff_ff, littleEndian);
+					view.setUint16(at, value as number, littleEndian);
 					break;
 				}
 
 				case 4: {
-					view.setUint32(at, Number(BigInt.asUintN(32, number)), littleEndian);
+					view.setUint32(at, value as number, littleEndian);
 					break;
 				}
 
 				default: {
-					view.setBigUint64(at, BigInt.asUintN(64, number), littleEndian);
+					view.setBigUint64(at, value as bigint, littleEndian);
 				}
 			}
 		},
@@ -223,6 +224,7 @@ function structField(btf: Btf, type: BtfType & {kind: 'struct' | 'union'}): Fiel
 	}
 
 	refuseHole(type.name, type.size - end, 'at the end');
+	const known = new Set(members.map(({name}) => name));
 	return {
 		size: type.size,
 		read: (view, at) => Object.fromEntries(members.map(({name, offset, field}) => [name, field.read(view, at + offset)])),
@@ -231,7 +233,6 @@ function structField(btf: Btf, type: BtfType & {kind: 'struct' | 'union'}): Fiel
 				throw new TypeError(`${path || 'value'}: expected struct ${type.name}`);
 			}
 
-			const known = new Set(members.map(({name}) => name));
 			const stranger = Object.keys(value).find(name => !known.has(name));
 			if (stranger !== undefined) {
 				throw new TypeError(`${path || 'value'}: struct ${type.name} has no ${stranger}`);

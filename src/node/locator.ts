@@ -8,8 +8,9 @@ import {addressFromBytes} from '../maps/address.js';
 import {native, type NetNs} from '../native.js';
 import {isHostNetns, reopenNetns, scanNetns, type NetnsFile, type NetnsIdentity} from '../pods/facts.js';
 
-/** One look at all processes serves all pods that are looked for soon after. */
+/** One look at all processes serves all pods that are looked for soon after; and for longer those that it found, as each is looked at again. */
 const SCAN_AGE_MS = 200;
+const FOUND_AGE_MS = 5000;
 /**
 The directory of a pod below kubepods: `pod<uid>` (cgroupfs), `…-pod<uid>.slice` (systemd, which has _ for -). A static pod's uid is a hash without dashes. The outermost one counts: what a
 pod runs inside of itself is the pod's.
@@ -90,8 +91,17 @@ export class Locator {
 			return known.path;
 		}
 
-		const pids = pod.uids.flatMap(id => this.#podProcesses().get(id) ?? []);
-		const file = this.#firstOf(pids, pod.ips) ?? this.#former(pod);
+		let pids: readonly string[] = [];
+		let file: NetnsFile | undefined;
+		for (const maxAgeMs of [FOUND_AGE_MS, SCAN_AGE_MS]) {
+			if (!file) {
+				const processes = this.#podProcesses(maxAgeMs);
+				pids = pod.uids.flatMap(id => processes.get(id) ?? []);
+				file = this.#firstOf(pids, pod.ips);
+			}
+		}
+
+		file ??= this.#former(pod);
 		if (!file && this.knows(uid!)) {
 			return known!.path;
 		}
@@ -141,8 +151,8 @@ export class Locator {
 		return found?.find(file => isThere(file, ips));
 	}
 
-	#podProcesses(): ReadonlyMap<string, readonly string[]> {
-		if (!this.#processes || performance.now() - this.#processes.at > SCAN_AGE_MS) {
+	#podProcesses(maxAgeMs: number): ReadonlyMap<string, readonly string[]> {
+		if (!this.#processes || performance.now() - this.#processes.at > maxAgeMs) {
 			this.#processes = {byUid: podProcesses(this.proc), at: performance.now()};
 		}
 

@@ -149,17 +149,19 @@ export class KernelIndex {
 			}
 
 			case 'put address': {
+				const id = addressId(step.key);
 				for (const others of this.#addresses.values()) {
-					others.delete(addressId(step.key));
+					others.delete(id);
 				}
 
-				inner(this.#addresses, step.cookie).set(addressId(step.key), step.key);
+				inner(this.#addresses, step.cookie).set(id, step.key);
 				break;
 			}
 
 			case 'delete address': {
+				const id = addressId(step.key);
 				for (const addresses of this.#addresses.values()) {
-					addresses.delete(addressId(step.key));
+					addresses.delete(id);
 				}
 
 				break;
