@@ -3,14 +3,13 @@
 and without a proxy. All sides in one run, round by round, on one CPU; nothing of the host's own network is touched, and everything goes at the end, also on
 Ctrl-C.
 */
-import {loadavg} from 'node:os';
+import {constants, loadavg, setPriority} from 'node:os';
 import {setImmediate as nextTurn} from 'node:timers/promises';
 import {toJson, toTable} from '../src/cli/format.js';
 import {describePods} from '../src/cli/read.js';
 import {openDatapath, type Datapath} from '../src/loader/datapath.js';
 import {native} from '../src/native.js';
 import {SIDECAR_ID, sidecarRules} from '../test/helpers/istio-rules.js';
-import {must} from '../test/helpers/process.js';
 import type {As, Pod, World} from '../test/helpers/world.js';
 import {parseOptions, pinToLastCpu, runBench} from './frame.js';
 import {median, readPrograms} from './series.js';
@@ -113,6 +112,11 @@ class Route {
 		});
 	}
 
+	/** @returns the median, µs. */
+	exchangeOverUnix({exchanges}: Options): number {
+		return this.#measure('unix', WARM_UP, exchanges).p50 / 1000;
+	}
+
 	get medians(): Round {
 		return fromMetrics(metric => median(this.rounds.map(round => round[metric])));
 	}
@@ -159,7 +163,11 @@ class Route {
 	}
 
 	#run(what: 'exchanges' | 'connections' | 'stream', ...counts: readonly number[]): Taken {
-		const {code, stdout, stderr} = this.client.run([this.client.world.program('traffic'), what, `${this.server.ipv4}:${PORT}`, ...counts.map(String)], this.as);
+		return this.#measure(what, `${this.server.ipv4}:${PORT}`, ...counts);
+	}
+
+	#measure(...words: ReadonlyArray<string | number>): Taken {
+		const {code, stdout, stderr} = this.client.run([this.client.world.program('traffic'), ...words.map(String)], this.as);
 		if (code !== 0) {
 			throw new Error(`${this.topology}, ${this.variant}: ${stderr}`);
 		}
@@ -219,18 +227,28 @@ async function buildRoutes(world: World, captured: Required<Pick<As, 'cgroup'>>)
 	return routes;
 }
 
+/** The ratio to iptables if the bytes of each pair that can be accelerated took as long as over AF_UNIX; of a pair that cannot, as long as without a proxy. */
+function floor(topology: 'one hop' | 'all local', find: (topology: Topology, variant: Variant) => Route, unix: readonly number[]): number {
+	const p50 = (route: Route, round: number) => route.rounds[round]!.exchangeP50;
+	const rest = (round: number) => topology === 'one hop' ? p50(find('direct', 'direct'), round) : 0;
+	return median(unix.map((value, round) => (PAIRS[topology] * value + rest(round)) / p50(find(topology, 'iptables'), round)));
+}
+
 async function bench(world: World, options: Options, stop: AbortSignal) {
 	const machine = pinToLastCpu();
-	// All sides alike before whatever else the machine does (SCHED_FIFO; what is started inherits it).
-	must('chrt', '-f', '-p', '1', String(process.pid));
+	// Before whatever else the machine does; what is started inherits it.
+	setPriority(constants.priority.PRIORITY_HIGHEST);
 	const routes = await buildRoutes(world, {cgroup: world.subCgroup('sidestep')});
 	const datapath = openDatapath(world.bpffs);
+	const unix: number[] = [];
 	try {
 		for (let round = 0; round < options.rounds; round++) {
 			for (const route of round % 2 === 0 ? routes : routes.toReversed()) {
 				route.measure(options, datapath);
 				await nextTurn(undefined, {signal: stop});
 			}
+
+			unix.push(routes[0]!.exchangeOverUnix(options));
 		}
 
 		const find = (topology: Topology, variant: Variant) => routes.find(route => route.topology === topology && route.variant === variant)!;
@@ -252,6 +270,7 @@ async function bench(world: World, options: Options, stop: AbortSignal) {
 				programs: route.as.cgroup === undefined ? undefined : route.programTimes(options, datapath),
 				roundValues: route.rounds,
 			})),
+			unix: {exchangeP50: median(unix), oneHop: floor('one hop', find, unix), allLocal: floor('all local', find, unix)},
 			targets: TARGETS.map(target => {
 				const ratio = find(target.topology, 'accelerated').ratioTo(find(target.topology, target.against))[target.metric];
 				return {...target, ratio, reached: target.holds === 'at most' ? ratio <= target.limit : ratio >= target.limit};
@@ -262,7 +281,7 @@ async function bench(world: World, options: Options, stop: AbortSignal) {
 	}
 }
 
-function toText({kernel, cpu, iptables, load, rounds, exchanges, connections, mebibytes, cells, targets}: Report): string {
+function toText({kernel, cpu, iptables, load, rounds, exchanges, connections, mebibytes, cells, unix, targets}: Report): string {
 	const columns = (round: Round | undefined, digits?: number) => Object.fromEntries(METRIC_NAMES.map(metric => [METRICS[metric].title, round?.[metric].toFixed(digits ?? METRICS[metric].digits)]));
 	const percent = (part: number) => `${(100 * part).toFixed(0)} %`;
 	const measured = cells.map(({topology, variant, redirected, ...cell}) => ({topology, variant, ...columns(cell), redirected: percent(redirected)}));
@@ -285,6 +304,8 @@ function toText({kernel, cpu, iptables, load, rounds, exchanges, connections, me
 		'',
 		toTable(measured, ''),
 		toTable(compared, ''),
+		`an exchange between two processes over AF_UNIX: ${unix.exchangeP50.toFixed(1)} µs. Were accelerated pairs that fast, the exchange would have this ratio to iptables: one hop ${unix.oneHop.toFixed(2)}, all local ${unix.allLocal.toFixed(2)}`,
+		'',
 		'BPF run time',
 		toTable(spent, ''),
 		toTable(judged, ''),

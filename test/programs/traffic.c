@@ -3,6 +3,7 @@
  * traffic exchanges ADDRESS:PORT WARM_UP COUNT            requests and answers on one connection
  * traffic connections ADDRESS:PORT WARM_UP COUNT          connections with one request and answer each
  * traffic stream ADDRESS:PORT WARM_UP BYTES WRITE_SIZE    so many bytes on one connection, after so many exchanges
+ * traffic unix WARM_UP COUNT                              requests and answers between two processes over AF_UNIX: no network at all
  *
  * Prints how long all of it took and, of exchanges and connections, the quantiles; in ns. Every socket is nonblocking, as acceleration wants it.
  */
@@ -43,6 +44,29 @@ static void until(int fd, short events)
 	}
 }
 
+/* The connection of now. */
+static int epoll = -1;
+
+static void watch(int fd)
+{
+	struct epoll_event event = {.events = EPOLLIN};
+
+	if (epoll < 0)
+		epoll = epoll_create1(EPOLL_CLOEXEC);
+	if (epoll_ctl(epoll, EPOLL_CTL_ADD, fd, &event))
+		fail("epoll_ctl");
+}
+
+static void until_readable(void)
+{
+	struct epoll_event event;
+
+	if (epoll_wait(epoll, &event, 1, 10000) != 1) {
+		errno = ETIMEDOUT;
+		fail("epoll_wait");
+	}
+}
+
 static void send_all(int fd, const char *bytes, size_t size)
 {
 	while (size > 0) {
@@ -66,7 +90,7 @@ static void await_answer(int fd)
 	for (size_t held = 0; held < MESSAGE;) {
 		ssize_t got;
 
-		until(fd, POLLIN);
+		until_readable();
 		got = read(fd, answer, MESSAGE - held);
 		if (got == 0 || (got < 0 && errno != EAGAIN))
 			fail("read");
@@ -98,6 +122,7 @@ static int connect_to(const union address *to)
 		errno = error;
 		fail("connect");
 	}
+	watch(fd);
 	return fd;
 }
 
@@ -137,12 +162,10 @@ static void print(long taken, long *samples, int count)
 	printf("{\"taken\":%ld,\"p50\":%ld,\"p99\":%ld}\n", taken, samples[(count - 1) / 2], samples[(count - 1) * 99L / 100]);
 }
 
-static void exchanges(const union address *to, int warm_up, int count)
+static void exchanges(int fd, int count)
 {
-	long *samples = calloc(count, sizeof(*samples)), started;
-	int fd = warm_connection(to, warm_up);
+	long *samples = calloc(count, sizeof(*samples)), started = now_ns();
 
-	started = now_ns();
 	for (int i = 0; i < count; i++) {
 		long begun = now_ns();
 
@@ -150,6 +173,34 @@ static void exchanges(const union address *to, int warm_up, int count)
 		samples[i] = now_ns() - begun;
 	}
 	print(now_ns() - started, samples, count);
+}
+
+static void exchanges_over_unix(int warm_up, int count)
+{
+	char bytes[MESSAGE];
+	int ends[2];
+	pid_t child;
+
+	if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0, ends))
+		fail("socketpair");
+	child = fork();
+	if (child < 0)
+		fail("fork");
+	if (child == 0) {
+		close(ends[0]);
+		watch(ends[1]);
+		for (;;) {
+			until_readable();
+			if (read(ends[1], bytes, MESSAGE) != MESSAGE)
+				_exit(0);
+			send_all(ends[1], bytes, MESSAGE);
+		}
+	}
+	close(ends[1]);
+	watch(ends[0]);
+	for (int i = 0; i < warm_up; i++)
+		exchange(ends[0], GO_ON);
+	exchanges(ends[0], count);
 }
 
 /* The server ends each, so that no port of the client's waits for two minutes. */
@@ -264,12 +315,16 @@ int main(int argc, char **argv)
 
 	prepare_process();
 	if (argc < 3)
-		misuse("traffic serve|exchanges|connections|stream ADDRESS:PORT …");
+		misuse("traffic serve|exchanges|connections|stream ADDRESS:PORT …, or traffic unix …");
+	if (!strcmp(argv[1], "unix") && argc == 4) {
+		exchanges_over_unix(atoi(argv[2]), atoi(argv[3]));
+		return 0;
+	}
 	to = parse_address(argv[2]);
 	if (!strcmp(argv[1], "serve"))
 		serve(argv[2]);
 	else if (!strcmp(argv[1], "exchanges") && argc == 5)
-		exchanges(&to, atoi(argv[3]), atoi(argv[4]));
+		exchanges(warm_connection(&to, atoi(argv[3])), atoi(argv[4]));
 	else if (!strcmp(argv[1], "connections") && argc == 5)
 		connections(&to, atoi(argv[3]), atoi(argv[4]));
 	else if (!strcmp(argv[1], "stream") && argc == 6)
