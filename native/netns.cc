@@ -59,6 +59,26 @@ class OnThisCpu {
 	pthread_attr_t attributes_;
 };
 
+/* A process of a real-time class may have taken this CPU: then the thread goes on wherever we may run. */
+void JoinOnAnyCpuIfLate(pthread_t thread) {
+	static constexpr long kLateNs = 10000000;
+	timespec late;
+	clock_gettime(CLOCK_REALTIME, &late);
+	late.tv_nsec += kLateNs;
+	if (late.tv_nsec >= 1000000000) {
+		late.tv_sec++;
+		late.tv_nsec -= 1000000000;
+	}
+	if (pthread_timedjoin_np(thread, nullptr, &late) == 0) {
+		return;
+	}
+	cpu_set_t ours;
+	if (pthread_getaffinity_np(pthread_self(), sizeof(ours), &ours) == 0) {
+		pthread_setaffinity_np(thread, sizeof(ours), &ours);
+	}
+	pthread_join(thread, nullptr);
+}
+
 }  // namespace
 
 /*
@@ -70,14 +90,14 @@ static int OnThreadOfItsOwn(Napi::Env env, const std::string& subject, const std
 	Visit visit{act, {}};
 	pthread_t thread;
 	int error = pthread_create(&thread, OnThisCpu().get(), Visit::Make, &visit);
-	if (error == EINVAL) {
-		/* This CPU was taken from us in between. */
+	if (error) {
+		/* This CPU was taken from us in between, or somebody does not let us choose. */
 		error = pthread_create(&thread, nullptr, Visit::Make, &visit);
 	}
 	if (error) {
 		ThrowErrno(env, error, "pthread_create", subject);
 	}
-	pthread_join(thread, nullptr);
+	JoinOnAnyCpuIfLate(thread);
 	if (visit.outcome.error) {
 		ThrowErrno(env, visit.outcome.error, visit.outcome.syscall, subject);
 	}

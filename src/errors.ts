@@ -45,6 +45,9 @@ export class PodError extends AgentError {
 	}
 }
 
+/** There is no such namespace, or none that is a pod's: nobody is there. */
+export class NowhereError extends PodError {}
+
 export class NotLoadedError extends AgentError {
 	readonly code = 'ERR_NOT_LOADED';
 

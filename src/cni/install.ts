@@ -326,10 +326,18 @@ export class CniInstaller {
 	}
 }
 
-/** Files of networks in `confDir` whose chain has the plugin; also when it cannot be read, as far as a look can tell. */
+/** Files of networks in `confDir` whose chain has the plugin. One that cannot be read is passed over: a runtime that shares our view of the host cannot either. */
 export function networksWithPlugin(confDir: string): readonly string[] {
+	const hasPlugin = (file: string) => {
+		try {
+			return readFileSync(file, 'utf8').includes(PLUGIN_NAME);
+		} catch {
+			return false;
+		}
+	};
+
 	try {
-		return listNames(confDir).filter(isList).map(name => path.join(confDir, name)).filter(file => readFileSync(file, 'utf8').includes(PLUGIN_NAME));
+		return listNames(confDir).filter(isList).map(name => path.join(confDir, name)).filter(hasPlugin);
 	} catch {
 		return [];
 	}

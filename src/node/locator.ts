@@ -3,7 +3,7 @@ Which network namespace a pod has: told by the CNI call, or found through the ho
 */
 import {readFileSync, readdirSync} from 'node:fs';
 import path from 'node:path';
-import {PodError} from '../errors.js';
+import {NowhereError, PodError} from '../errors.js';
 import {addressFromBytes} from '../maps/address.js';
 import {native, type NetNs} from '../native.js';
 import {isHostNetns, reopenNetns, scanNetns, type NetnsFile, type NetnsIdentity} from '../pods/facts.js';
@@ -81,7 +81,7 @@ export class Locator {
 
 	/**
 	@returns the namespace's file.
-	@throws PodError when there is none.
+	@throws NowhereError when there is none.
 	*/
 	find(pod: LocatedPod): string {
 		const [uid] = pod.uids;
@@ -108,7 +108,7 @@ export class Locator {
 
 		this.#known.delete(uid!);
 		if (!file) {
-			throw new PodError(pod.name, pids.length === 0
+			throw new NowhereError(pod.name, pids.length === 0
 				? `no process of it is found below ${this.proc}: it is not started yet, or its cgroup does not have its uid ${uid}`
 				: `none of its ${pids.length} processes has a network namespace with its address ${pod.ips.join(', ')}`);
 		}

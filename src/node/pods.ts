@@ -147,8 +147,8 @@ export class NodePods {
 
 		this.#update([name]);
 		const specWish = this.#specs.get(name)?.wish;
-		if ('capture' in wish && specWish && 'leave' in specWish) {
-			return {pod, wish: {waiting: `the agent has not heard yet that it is to be captured (so far: ${specWish.leave})`}};
+		if ('capture' in wish && specWish && ('leave' in specWish || 'refused' in specWish)) {
+			return {pod, wish: {waiting: `the agent has not heard yet that it is to be captured (so far: ${'leave' in specWish ? specWish.leave : specWish.refused.message})`}};
 		}
 
 		return {pod, wish};
@@ -202,12 +202,12 @@ export class NodePods {
 	/** Of a pod whose report changed, and nothing else, there is nothing new to capture: each report that the agent makes is heard here again. */
 	#hear(names: ReadonlySet<string>): void {
 		const reported = new Set([...names].filter(name => this.#isReported(name)));
-		if (reported.size > 0) {
-			this.#listener.onReport(reported);
-		}
-
 		if (reported.size < names.size || names.size === 0) {
 			this.#update([...names].filter(name => !reported.has(name)));
+		}
+
+		if (reported.size > 0) {
+			this.#listener.onReport(reported);
 		}
 	}
 

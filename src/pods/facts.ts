@@ -5,7 +5,7 @@ import {existsSync, readdirSync, statSync} from 'node:fs';
 import {isIPv4} from 'node:net';
 import path from 'node:path';
 import type {PodSpec} from '../config/pods-file.js';
-import {PodError, hasErrno, reasonOf} from '../errors.js';
+import {NowhereError, PodError, hasErrno, reasonOf} from '../errors.js';
 import {cgroupLevel} from '../loader/host.js';
 import {addressFromBytes} from '../maps/address.js';
 import {native, type NetNs} from '../native.js';
@@ -209,11 +209,11 @@ function openNetns(spec: PodSpec, file: string): NetNs {
 	} catch (error) {
 		const what = spec.pid === undefined ? `network namespace ${file}` : `process ${spec.pid}`;
 		if (hasErrno(error, 'ENOENT', 'ESRCH')) {
-			throw new PodError(spec.name, `its ${what} does not exist: start the pod, or take it out of the pods file`, {cause: error});
+			throw new NowhereError(spec.name, `its ${what} does not exist: start the pod, or take it out of the pods file`, {cause: error});
 		}
 
 		if (hasErrno(error, 'EINVAL', 'ENOTTY')) {
-			throw new PodError(spec.name, `${file} is not a network namespace`, {cause: error});
+			throw new NowhereError(spec.name, `${file} is not a network namespace`, {cause: error});
 		}
 
 		throw new PodError(spec.name, `its ${what} cannot be opened (${reasonOf(error)})`, {cause: error});
@@ -230,7 +230,7 @@ function refuseHost(spec: PodSpec, netns: NetNs, proc: string): void {
 	}
 
 	if (isHost) {
-		throw new PodError(spec.name, 'its network namespace is the host\'s own, which is never captured: pods with hostNetwork cannot be enrolled');
+		throw new NowhereError(spec.name, 'its network namespace is the host\'s own, which is never captured: pods with hostNetwork cannot be enrolled');
 	}
 }
 

@@ -5,7 +5,7 @@ The kernel's maps are read at the first round and whenever the caller asks; in b
 namespace is opened only when the pod is due.
 */
 import type {PodSpec} from '../config/pods-file.js';
-import {AgentError, PodError, TornChangeError, hasErrno, reasonOf} from '../errors.js';
+import {AgentError, NowhereError, PodError, TornChangeError, reasonOf} from '../errors.js';
 import type {Datapath} from '../loader/datapath.js';
 import {POD_INBOUND, POD_KEEP_SOURCE, type NetnsCookie, type PodInfo} from '../maps/schema.js';
 import {applyChange, readKernel} from '../redirect/apply.js';
@@ -161,11 +161,12 @@ export class Reconciler {
 					cookies.set(name, pod.facts.cookie);
 				}
 			} catch (error) {
-				if (!spec?.isEnding) {
+				const isNowhere = error instanceof NowhereError;
+				if (!(spec?.isEnding && isNowhere)) {
 					failures.set(name, asPodError(name, error));
 				}
 
-				if (isNowhere(error)) {
+				if (isNowhere) {
 					cookies.delete(name);
 				}
 			}
@@ -299,7 +300,7 @@ class Turn {
 
 		const pod = opened.get(name);
 		if (pod?.facts.cookie === cookie) {
-			this.#steerAgain(cookie, pod.netns);
+			this.#steerAgain(cookie, name, pod.netns);
 			return true;
 		}
 
@@ -313,7 +314,7 @@ class Turn {
 
 		try {
 			if (netns) {
-				this.#steerAgain(cookie, netns);
+				this.#steerAgain(cookie, name, netns);
 			}
 		} finally {
 			netns?.close();
@@ -323,9 +324,13 @@ class Turn {
 	}
 
 	/** What is kept is kept whole: its link may be gone, by somebody else or by an agent that died as it took the pod away. */
-	#steerAgain(cookie: NetnsCookie, netns: NetNs): void {
-		if ((this.kernel.pods.get(cookie)?.flags ?? 0) & POD_INBOUND && !this.datapath.isSteered(cookie)) {
-			this.datapath.steer(cookie, netns);
+	#steerAgain(cookie: NetnsCookie, name: string, netns: NetNs): void {
+		try {
+			if ((this.kernel.pods.get(cookie)?.flags ?? 0) & POD_INBOUND && !this.datapath.isSteered(cookie)) {
+				this.datapath.steer(cookie, netns);
+			}
+		} catch (error) {
+			this.memory.failures.set(name, new PodError(name, `it stays captured, but for what comes in: that could not be taken up again (${reasonOf(error)})`, {cause: error}));
 		}
 	}
 
@@ -542,12 +547,6 @@ function hasSameAddresses(one: PodPolicy | undefined, other: PodPolicy): boolean
 
 function asPodError(name: string, error: unknown): Error {
 	return error instanceof PodError ? error : new PodError(name, reasonOf(error), {cause: error});
-}
-
-/** Whether it was looked for, and is not there; any other error says nothing about where it is. */
-function isNowhere(error: unknown): boolean {
-	const {cause} = error as Error;
-	return error instanceof PodError && (cause === undefined || hasErrno(cause, 'ENOENT', 'ESRCH', 'EINVAL', 'ENOTTY'));
 }
 
 const describe = ({kind, pod, steps}: Change) => kind === 'sweep' ? `swept ${steps.length} left-over list entries` : `${kind} ${pod}`;

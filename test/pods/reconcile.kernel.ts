@@ -1,7 +1,9 @@
 /** One reconciler on the live kernel, and what goes wrong in its rounds: what it keeps, what it tries again, and until when. */
+import {mkdirSync, rmdirSync} from 'node:fs';
 import {fileURLToPath} from 'node:url';
 import test from 'ava';
 import {parsePodsFile, type PodSpec} from '../../src/config/pods-file.js';
+import {InputError} from '../../src/errors.js';
 import {load} from '../../src/loader/datapath.js';
 import {takeWriterLock} from '../../src/loader/lock.js';
 import {openObject} from '../../src/loader/object.js';
@@ -99,6 +101,61 @@ test.serial('two pods in one namespace: both fail and the kernel stays as it is,
 	t.deepEqual([...policies().values()], [16_001]);
 	t.deepEqual(reconciler.round(both, new Set(['a']), false).enrolled, []);
 	t.deepEqual(reconciler.round(specsOf({...a, netns: '/run/netns/never-there'}, b), new Set(['a']), false).enrolled, ['b'], 'nor does one that is nowhere hold up the other');
+});
+
+test.serial('a pod whose exempt cgroup is gone is still where it was: another in its namespace does not take its place', t => {
+	const {world, agent, policies} = arrange(t);
+	const pod = world.pod('pod');
+	const reconciler = agent();
+	const a = {...proxied(pod, 'a', 15_001), exempt: {cgroups: [world.subCgroup('proxy')]}};
+	t.deepEqual(messages(reconciler.round(specsOf(a), new Set(['a']), true)), []);
+	const before = policies();
+	rmdirSync(a.exempt.cgroups[0]!);
+	t.regex(messages(reconciler.round(specsOf(a), new Set(['a']), false)).join(), /exempt cgroup/);
+	t.deepEqual(reconciler.round(specsOf(a, proxied(pod, 'b', 16_001)), new Set(['b']), false).enrolled, []);
+	t.deepEqual(policies(), before);
+	mkdirSync(a.exempt.cgroups[0]!);
+});
+
+test.serial('a kept pod whose link cannot be made again fails alone', t => {
+	const {world, datapath, agent} = arrange(t);
+	const [kept, other] = [world.pod('kept'), world.pod('other')];
+	t.deepEqual(messages(agent().round(specsOf(ambient(kept)), new Set(['kept']), true)), []);
+	const [cookie] = datapath.steeredPods();
+	datapath.unsteer(cookie!);
+	const specs = specsOf(ambient(kept), ambient(other));
+	specs.set('kept', {...specs.get('kept')!, wish: {refused: new InputError('kept', 'not like this')}});
+	const steer = datapath.steer.bind(datapath);
+	t.teardown(() => {
+		datapath.steer = steer;
+	});
+	datapath.steer = (which, netns) => {
+		if (which === cookie) {
+			throw new Error('link: ENOSPC');
+		}
+
+		steer(which, netns);
+	};
+
+	const {enrolled, failures} = agent().round(specs, new Set(['kept', 'other']), true);
+	t.deepEqual(enrolled, ['other']);
+	t.regex(failures.get('kept')!.message, /stays captured, but for what comes in.*ENOSPC/);
+	t.not(datapath.maps.pods.get(cookie!), undefined);
+});
+
+test.serial('a pod that is ending and cannot be looked at is a failure, unless it is gone', t => {
+	const {world, agent} = arrange(t);
+	const pod = world.pod('pod');
+	const ending = (findNetns: () => string) => {
+		const {netns: _, ...spec} = specsOf(ambient(pod)).get('pod')!;
+		return new Map([['pod', {...spec, isEnding: true, findNetns}]]);
+	};
+
+	const reconciler = agent();
+	t.deepEqual(messages(reconciler.round(ending(() => '/run/netns/never-there'), new Set(['pod']), true)), []);
+	t.regex(messages(reconciler.round(ending(() => {
+		throw Object.assign(new Error('EMFILE: too many open files'), {code: 'EMFILE'});
+	}), new Set(['pod']), false)).join(), /EMFILE/);
 });
 
 test.serial('a pod that could be set up only at the second try: its older connections are reset then, once', async t => {
