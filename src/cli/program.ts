@@ -1,6 +1,7 @@
 import {setTimeout as sleep} from 'node:timers/promises';
 import {Argument, Command, CommanderError, InvalidArgumentError, Option} from 'commander';
 import {runAgent, type AgentOptions} from '../agent.js';
+import {integer} from '../arguments.js';
 import {addCniCommand, cniConfOption} from '../cni/command.js';
 import {networksWithPlugin} from '../cni/install.js';
 import {AgentError, InputError, NotLoadedError, PodError, reasonOf} from '../errors.js';
@@ -386,15 +387,4 @@ function endpoint(text: string): Endpoint {
 	} catch {
 		throw new InvalidArgumentError('Expected an address and a port, as 10.0.0.1:80 or [fd00::1]:80.');
 	}
-}
-
-function integer(low: number, high: number): (text: string) => number {
-	return text => {
-		const value = Number(text);
-		if (!/^\d+$/.test(text) || value < low || value > high) {
-			throw new InvalidArgumentError(`Expected an integer from ${low} to ${high}.`);
-		}
-
-		return value;
-	};
 }

@@ -11,7 +11,7 @@ import type {Migration} from './migrations.js';
 import {openObject, packageVersion, type OpenedObject} from './object.js';
 import {PinLayout} from './paths.js';
 import {
-	CGROUP_PROGRAMS, Datapath, MAP_PROGRAMS, attachToMap, checkContents, fillSlot, isCgroupProgram, loadObject, open, openPins, pinnedVersions, podLinks, removeTree,
+	CGROUP_PROGRAMS, Datapath, MAP_PROGRAMS, attachToMap, checkContents, fillSlot, isCgroupProgram, loadObject, open, openPins, pinToStage, pinnedVersions, podLinks, removeTree,
 	switchLink, writeBuild, type CgroupProgramName, type ProgramName,
 } from './pinned.js';
 import {describeBuild, describePinned, finishUpgrade, upgrade} from './upgrade.js';
@@ -124,20 +124,7 @@ function loadFresh(layout: PinLayout, {object, schema, sha256}: OpenedObject, op
 	const datapath = open(schema, layout, name => object.map(name), name => object.program(name), () => undefined);
 	const links = new Map<CgroupProgramName, BpfLink>();
 	try {
-		for (const directory of ['maps', 'progs', 'links', 'pods']) {
-			mkdirSync(path.join(layout.stage, directory), {recursive: true, mode: 0o700});
-		}
-
-		for (const [name, map] of datapath.rawMaps) {
-			map.pin(layout.map(name, layout.stage));
-		}
-
-		step('maps pinned');
-		for (const [name, program] of datapath.programs) {
-			program.pin(layout.program(name, layout.stage));
-		}
-
-		step('programs pinned');
+		pinToStage(datapath, step);
 		writeBuild(datapath.maps, schema, sha256);
 		attachToMap(datapath);
 		for (const name of CGROUP_PROGRAMS) {

@@ -290,6 +290,24 @@ export function detach(pin: string): void {
 	}
 }
 
+/** Pins maps and programs where a rename puts them in force; links come after. */
+export function pinToStage({layout, rawMaps, programs}: Datapath, step: (step: string) => void): void {
+	for (const directory of ['maps', 'progs', 'links', 'pods']) {
+		mkdirSync(path.join(layout.stage, directory), {recursive: true, mode: 0o700});
+	}
+
+	for (const [name, map] of rawMaps) {
+		map.pin(layout.map(name, layout.stage));
+	}
+
+	step('maps pinned');
+	for (const [name, program] of programs) {
+		program.pin(layout.program(name, layout.stage));
+	}
+
+	step('programs pinned');
+}
+
 export function removePin(pin: string, step: (step: string) => void): void {
 	if (existsSync(pin)) {
 		unlinkSync(pin);

@@ -9,7 +9,7 @@ From the pins of an older layout to those of this one, while connections come an
 
 Each link is pinned in one place at any time, which tells whether it was switched. All after the rename can be done again, from whatever was left.
 */
-import {existsSync, mkdirSync, readdirSync, renameSync} from 'node:fs';
+import {existsSync, readdirSync, renameSync} from 'node:fs';
 import path from 'node:path';
 import {AgentError, IncompletePinsError, MigrationError, OtherCgroupError, reasonOf} from '../errors.js';
 import {createCodec} from '../maps/codec.js';
@@ -19,7 +19,7 @@ import {native, type BpfMap} from '../native.js';
 import {MIGRATIONS, addUp, chainMigrations, type Chain, type Decoded, type Migration} from './migrations.js';
 import type {OpenedObject} from './object.js';
 import type {PinLayout} from './paths.js';
-import {CGROUP_PROGRAMS, Datapath, attachToMap, loadObject, open, pinnedVersions, podLinks, removeTree, switchLink, writeBuild} from './pinned.js';
+import {CGROUP_PROGRAMS, Datapath, attachToMap, loadObject, open, pinToStage, pinnedVersions, podLinks, removeTree, switchLink, writeBuild} from './pinned.js';
 import {planUpgrade, type UpgradePlan} from './upgrade-plan.js';
 
 export interface UpgradeOptions {
@@ -68,20 +68,7 @@ export function upgrade(layout: PinLayout, opened: OpenedObject, options: Upgrad
 		step('loaded');
 		removeTree(layout.stage, step);
 		datapath = open(opened.schema, layout, name => opened.object.map(name), name => opened.object.program(name), () => undefined);
-		for (const directory of ['maps', 'progs', 'links', 'pods']) {
-			mkdirSync(path.join(layout.stage, directory), {recursive: true, mode: 0o700});
-		}
-
-		for (const [name, map] of datapath.rawMaps) {
-			map.pin(layout.map(name, layout.stage));
-		}
-
-		step('maps pinned');
-		for (const [name, program] of datapath.programs) {
-			program.pin(layout.program(name, layout.stage));
-		}
-
-		step('programs pinned');
+		pinToStage(datapath, step);
 		for (const [name, fate] of fates) {
 			if (fate === 'copy' || fate === 'count') {
 				fill(name, older, datapath, chain);

@@ -3,8 +3,8 @@ The options of `sidestep run` that say how to follow a cluster.
 */
 import path from 'node:path';
 import {InvalidArgumentError, Option, type Command} from 'commander';
-import {BUILT_PLUGIN, DEFAULT_CNI_BIN, cniConfOption} from '../cni/command.js';
-import {DEFAULT_CNI_TIMEOUT_SECONDS} from '../cni/install.js';
+import {integer} from '../arguments.js';
+import {BUILT_PLUGIN, cniBinOption, cniConfOption, cniTimeoutOption} from '../cni/command.js';
 import {DEFAULT_CNI_SOCKET} from '../cni/server.js';
 import {inClusterOptions} from '../kubernetes/client.js';
 import {ISTIO_DEFAULTS} from '../redirect/annotations.js';
@@ -31,6 +31,8 @@ export interface NodeCliOptions {
 
 /** Istio's own (CAPTURE.md, ZDS). */
 const DEFAULT_ZDS_SOCKET = '/var/run/ztunnel/ztunnel.sock';
+/** The one above is no id (chown(2)). */
+const UID_MAX = 0xff_ff_ff_fe;
 /** Left alone by Istio as well, unless told otherwise (cni chart, excludeNamespaces). */
 const DEFAULT_EXCLUDED = ['kube-system'];
 
@@ -43,15 +45,15 @@ export function addNodeOptions(command: Command): Command {
 		.addOption(new Option('--exclude-namespaces <names>', 'whose pods are left alone, separated by commas').env('SIDESTEP_EXCLUDE_NAMESPACES').argParser(names).default(DEFAULT_EXCLUDED, DEFAULT_EXCLUDED.join(',')))
 		.addOption(new Option('--ambient-dns <on|off>', 'capture DNS of ambient pods that do not say').env('SIDESTEP_AMBIENT_DNS').argParser(onOff).default(ISTIO_DEFAULTS.ambientDns, 'on'))
 		.addOption(new Option('--sidecar-dns <on|off>', 'capture DNS of sidecar pods that do not say').env('SIDESTEP_SIDECAR_DNS').argParser(onOff).default(ISTIO_DEFAULTS.sidecarDns, 'off'))
-		.addOption(new Option('--sidecar-uid <number>', 'as whom sidecars run').env('SIDESTEP_SIDECAR_UID').argParser(id).default(ISTIO_DEFAULTS.sidecarUid))
-		.addOption(new Option('--sidecar-gid <number>', 'with which group').env('SIDESTEP_SIDECAR_GID').argParser(id).default(ISTIO_DEFAULTS.sidecarGid))
+		.addOption(new Option('--sidecar-uid <number>', 'as whom sidecars run').env('SIDESTEP_SIDECAR_UID').argParser(integer(0, UID_MAX)).default(ISTIO_DEFAULTS.sidecarUid))
+		.addOption(new Option('--sidecar-gid <number>', 'with which group').env('SIDESTEP_SIDECAR_GID').argParser(integer(0, UID_MAX)).default(ISTIO_DEFAULTS.sidecarGid))
 		.addOption(new Option('--system-namespace <name>', 'where ztunnel is').env('SIDESTEP_SYSTEM_NAMESPACE').default(ISTIO_DEFAULTS.systemNamespace))
 		.addOption(new Option('--zds-socket <path>', 'where ztunnel connects').env('SIDESTEP_ZDS_SOCKET').default(DEFAULT_ZDS_SOCKET))
 		.option('--no-cni', 'do not hold pods\' starts: their first connections may not be captured')
-		.addOption(new Option('--cni-bin <directory>', 'where the container runtime looks for plugins').env('SIDESTEP_CNI_BIN').default(DEFAULT_CNI_BIN))
+		.addOption(cniBinOption())
 		.addOption(cniConfOption())
 		.addOption(new Option('--cni-socket <path>', 'where the CNI plugin calls').env('SIDESTEP_CNI_SOCKET').default(DEFAULT_CNI_SOCKET))
-		.addOption(new Option('--cni-timeout <seconds>', 'how long a pod\'s start is held').env('SIDESTEP_CNI_TIMEOUT').argParser(seconds).default(DEFAULT_CNI_TIMEOUT_SECONDS));
+		.addOption(cniTimeoutOption());
 }
 
 /** @throws InputError outside of a cluster, without --api-server. */
@@ -79,22 +81,4 @@ function onOff(text: string): boolean {
 	}
 
 	return text === 'on';
-}
-
-function id(text: string): number {
-	return whole(text, 0, 0xff_ff_ff_fe);
-}
-
-/** As the plugin takes it. */
-function seconds(text: string): number {
-	return whole(text, 1, 600);
-}
-
-function whole(text: string, low: number, high: number): number {
-	const value = Number(text);
-	if (!/^\d+$/.test(text) || value < low || value > high) {
-		throw new InvalidArgumentError(`Expected an integer from ${low} to ${high}.`);
-	}
-
-	return value;
 }

@@ -27,14 +27,13 @@ export interface NodePodsOptions {
 /** A pod that the CNI call tells of is often not in the cache yet. One that is not there after so long, with a server that answers, was deleted meanwhile. */
 const CALLED_MS = 60_000;
 
-/** What decides. */
-interface Asked {
+interface PodInNamespace {
 	readonly pod: PodObject;
 	readonly namespaceLabels: Readonly<Record<string, string>>;
 }
 
 /** A pod that the CNI call told of before the watch did. */
-interface CalledPod extends Asked {
+interface CalledPod extends PodInNamespace {
 	/** Who had its name then, as far as the watch had heard. */
 	readonly formerUid: string | undefined;
 	readonly at: number;
@@ -124,7 +123,7 @@ export class NodePods {
 	*/
 	async call({name, uid, sandbox, ips, netns}: {readonly name: string; readonly uid: string; readonly sandbox: string; readonly ips: readonly string[]; readonly netns: string}, signal: AbortSignal): Promise<{readonly pod: PodObject; readonly wish: Wish}> {
 		const heard = this.#pods.items.get(name);
-		let found = this.#heard(name, uid);
+		let found = this.#cached(name, uid);
 		// A watch can fall silent, and what was heard be old: enough to capture a pod, and to be mended later; not enough to let it start uncaptured.
 		if (!found || !('capture' in this.#wishFor(found.pod, found.namespaceLabels))) {
 			found = await this.#ask(name, uid, signal);
@@ -154,13 +153,13 @@ export class NodePods {
 		return {pod, wish};
 	}
 
-	#heard(name: string, uid: string): Asked | undefined {
+	#cached(name: string, uid: string): PodInNamespace | undefined {
 		const pod = this.#pods.items.get(name);
 		const namespaceLabels = pod && this.#namespaces.items.get(pod.namespace)?.labels;
 		return namespaceLabels && isUid(pod, uid) ? {pod, namespaceLabels} : undefined;
 	}
 
-	async #ask(name: string, uid: string, signal: AbortSignal): Promise<Asked> {
+	async #ask(name: string, uid: string, signal: AbortSignal): Promise<PodInNamespace> {
 		const {client} = this.#options;
 		const [namespace, podName] = name.split('/').map(part => encodeURIComponent(part)) as [string, string];
 		const [podAnswer, namespaceAnswer] = await Promise.all([client.get(`/api/v1/namespaces/${namespace}/pods/${podName}`, {signal}), client.get(`/api/v1/namespaces/${namespace}`, {signal})]);
